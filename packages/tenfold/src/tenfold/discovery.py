@@ -35,7 +35,7 @@ from tenfold.spec import (
     ComponentSpec,
     PluginInfo,
 )
-from tenfold.workspace import Policy
+from tenfold.workspace import Policy, Workspace
 
 CORE = "core"
 CORE_MODULE = "tenfold.builtin.plugin"
@@ -75,6 +75,7 @@ class Sources:
 
     files: set[Path] = field(default_factory=set)
     trusted: bool = True
+    started_ns: int = field(default_factory=time.time_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,9 @@ class _PluginError(Exception):
         self.phase, self.cause, self.hint, self.details = phase, cause, hint, details
 
 
-def discover(policy: Policy) -> tuple[Registry, Sources]:
+def discover(workspace: Workspace) -> tuple[Registry, Sources]:
     """Loads `core` and every installed plugin that the policy enables."""
+    policy = workspace.policy
     started = time.perf_counter()
     sources = Sources()
     entries, broken = find_entry_points(sources)
@@ -112,7 +114,7 @@ def discover(policy: Policy) -> tuple[Registry, Sources]:
         else:
             loaded.append(outcome)
             broken += outcome.broken
-    return _registry(loaded, broken, disabled, policy), sources
+    return _registry(loaded, broken, disabled, workspace), sources
 
 
 def find_entry_points(
@@ -433,7 +435,10 @@ def _without_missing_targets(
 
 
 def _registry(
-    loaded: list[_Loaded], broken: list[BrokenPlugin], disabled: tuple[str, ...], policy: Policy
+    loaded: list[_Loaded],
+    broken: list[BrokenPlugin],
+    disabled: tuple[str, ...],
+    workspace: Workspace,
 ) -> Registry:
     components = [
         Component(
@@ -455,15 +460,8 @@ def _registry(
         command_specs={
             one.row.name: one.description.commands for one in loaded if one.description.commands
         },
-        catalogue=catalogue(policy),
+        workspace=workspace,
     )
-
-
-def catalogue(policy: Policy) -> dict[str, str]:
-    """Plugin name → distribution, as `plugins.toml` lists them."""
-    return {
-        name: str(row.get("distribution", name)) for name, row in sorted(policy.catalogue.items())
-    }
 
 
 def _folder(entry: EntryPoint) -> str:

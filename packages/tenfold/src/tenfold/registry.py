@@ -13,11 +13,14 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tenfold.errors import ComponentError, nearest
+from tenfold.errors import ComponentError, ConfigError, nearest
 from tenfold.spec import KINDS, CommandSpec, ComponentSpec
 from tenfold.workspace import Workspace, find_workspace
+
+if TYPE_CHECKING:
+    from tenfold.observers import Observers
 
 OBSERVER_HOOKS = ("tenfold_run_start", "tenfold_item_end", "tenfold_run_end")
 
@@ -100,15 +103,15 @@ class Registry:
         disabled: names that the policy keeps out.
         items: every component, by kind and id.
         command_specs: plugin name → its commands.
-        catalogue: plugin name → distribution, from `plugins.toml`, for hints.
+        workspace: the workspace whose policy chose the plugins.
     """
 
     plugins: dict[str, PluginRow]
     broken: list[BrokenPlugin]
+    workspace: Workspace
     disabled: tuple[str, ...] = ()
     items: tuple[Component, ...] = ()
     command_specs: dict[str, tuple[CommandSpec, ...]] = field(default_factory=dict)
-    catalogue: dict[str, str] = field(default_factory=dict)
 
     def components(self, kind: str | None = None, capability: str | None = None) -> list[Component]:
         """Components of a kind (all when None) whose `provides` has the capability or record
@@ -146,6 +149,25 @@ class Registry:
         """The sub-commands of a plugin; empty when it has none or is unknown."""
         return self.command_specs.get(plugin, ())
 
+    def defaults(self, component: Component) -> dict[str, Any]:
+        """Parameter values that `plugins.toml` sets for a component, in
+        `[plugins.<plugin>.defaults.<component>]`.
+
+        Raises:
+            ConfigError: it names a parameter that the component has not.
+        """
+        table = self.workspace.policy.defaults.get(component.plugin, {})
+        values = table.get(component.spec.name, {})
+        known = [param.name for param in component.spec.params]
+        for name in values:
+            if name not in known:
+                raise ConfigError(
+                    f"{self.workspace.policy.path}: plugins.{component.plugin}.defaults."
+                    f"{component.spec.name}.{name}: {component.id} has no such parameter"
+                    f"{nearest(name, known)}"
+                )
+        return dict(values)
+
     def recipes(self) -> list[Recipe]:
         """Every recipe of every loaded plugin, by id."""
         found = []
@@ -178,24 +200,25 @@ class Registry:
             hint="`tenfold recipes` shows what there is",
         )
 
-    def observers(self) -> list[Any]:
-        """The plugin objects that implement an observer hook, imported now.
+    def observers(self) -> Observers | None:
+        """The plugins that implement an observer hook, imported now; None when none does.
 
         One that fails to import (it was fine when indexed) is left out with a warning.
         """
         from tenfold.discovery import import_plugin
+        from tenfold.observers import Observers
 
         found = []
         for row in self.plugins.values():
             if not set(row.hooks) & set(OBSERVER_HOOKS):
                 continue
             try:
-                found.append(import_plugin(row.module))
+                found.append((row.name, import_plugin(row.module)))
             except Exception as error:
                 warnings.warn(
                     f"plugin {row.name!r} does not observe this run: {error}", stacklevel=2
                 )
-        return found
+        return Observers(found) if found else None
 
     def _deprecated(self, candidates: Sequence[Component], name: str) -> list[Component]:
         plugin, colon, bare = name.partition(":")
@@ -217,8 +240,8 @@ class Registry:
         """What to say after "unknown model 'x'": the likeliest reason, or a near name."""
         others = [c.kind for c in self.items if name in (c.id, c.spec.name)]
         if others:
-            article = "an" if others[0][0] in "aeiou" else "a"
-            return f": it is {article} {others[0]}, not a {kind}".replace("a evalu", "an evalu")
+            article = "an" if others[0] == "evaluator" else "a"
+            return f": it names {article} {others[0]}"
         plugin, colon, _ = name.partition(":")
         if colon and (trouble := self._plugin_trouble(plugin)):
             return trouble
@@ -235,8 +258,10 @@ class Registry:
             return ""
         if plugin in self.disabled:
             return f": plugin {plugin!r} is disabled; `tenfold plugins enable {plugin}`"
-        if plugin in self.catalogue:
-            return f": plugin {plugin!r} is not installed; install {self.catalogue[plugin]}"
+        row = self.workspace.policy.catalogue.get(plugin)
+        if row is not None:
+            dist = row.get("distribution", plugin)
+            return f": plugin {plugin!r} is not installed; install {dist}"
         return f": no plugin {plugin!r}{nearest(plugin, self.plugins)}"
 
 
@@ -260,7 +285,7 @@ def load_registry(workspace: Workspace | None = None, *, cached: bool = True) ->
     if registry is None:
         from tenfold.discovery import discover
 
-        registry, sources = discover(workspace.policy)
+        registry, sources = discover(workspace)
         index.write(workspace, registry, sources)
     if workspace.policy.strict and registry.broken:
         lines = "\n".join(f"  {broken.line()}" for broken in registry.broken)
