@@ -78,7 +78,8 @@ def histogram(block: Histogram, width: float) -> tuple[Markup, int]:
         (text.label(name, 40), value)
         for name, value in itertools.islice(block.counts.items(), MAX_BINS)
     ]
-    frame = _Frame(width, 220, fit_axis((0.0, 1.0)), fit_axis([v for _, v in pairs], zero=True))
+    vertical = fit_axis([v for _, v in pairs], zero=True)
+    frame = _Frame(width, 210, fit_axis((0.0, 1.0)), vertical, foot=26)
     canvas = Canvas(width, frame.height, block.caption or "histogram")
     frame.draw_y(canvas, "")
     slot = frame.span_x / max(len(pairs), 1)
@@ -158,6 +159,7 @@ class _Frame:
     horizontal: Axis
     vertical: Axis
     legend: float = 0.0
+    foot: float = 44.0
 
     @property
     def left(self) -> float:
@@ -171,7 +173,7 @@ class _Frame:
 
     @property
     def bottom(self) -> float:
-        return self.height - 44
+        return self.height - self.foot
 
     @property
     def span_x(self) -> float:
