@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 OBSERVER_HOOKS = ("tenfold_run_start", "tenfold_item_end", "tenfold_run_end")
 
 
-class TenfoldDeprecation(FutureWarning):
+class TenfoldWarning(UserWarning):
+    """A warning of the host; the command line shows it as one line."""
+
+
+class TenfoldDeprecation(TenfoldWarning):
     """A name that still works and will go away; the message says which one to use."""
 
 
@@ -215,9 +219,8 @@ class Registry:
             try:
                 found.append((row.name, import_plugin(row.module)))
             except Exception as error:
-                warnings.warn(
-                    f"plugin {row.name!r} does not observe this run: {error}", stacklevel=2
-                )
+                message = f"plugin {row.name!r} does not observe this run: {error}"
+                warnings.warn(message, TenfoldWarning, stacklevel=2)
         return Observers(found) if found else None
 
     def _deprecated(self, candidates: Sequence[Component], name: str) -> list[Component]:
@@ -311,5 +314,6 @@ __all__ = [
     "Recipe",
     "Registry",
     "TenfoldDeprecation",
+    "TenfoldWarning",
     "load_registry",
 ]

@@ -1,0 +1,94 @@
+"""Results on stdout, remarks on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tenfold.errors import EXIT_OK
+
+if TYPE_CHECKING:
+    from tenfold.registry import Registry
+
+
+def print_json(value: Any) -> None:
+    """Prints a JSON-able value; values JSON does not know are written as text."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, tuple | set | frozenset):
+        return list(value)
+    return str(value)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints aligned columns under their titles; the last column is not padded."""
+    for line in table_lines(columns, rows):
+        print(line)
+
+
+def table_lines(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a table, columns two spaces apart, as wide as a terminal shows them."""
+    cells = [[str(cell) for cell in row] for row in (columns, *rows)]
+    widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        padded = [
+            cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def _width(text: str) -> int:
+    """Terminal columns of a text: wide East Asian characters take two, marks none."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def note(message: str) -> None:
+    """A remark on stderr."""
+    print(message, file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    """A warning on stderr."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def open_registry() -> Registry:
+    """The registry, with one line on stderr for each broken plugin."""
+    from tenfold.registry import load_registry
+
+    registry = load_registry()
+    warn_broken(registry)
+    return registry
+
+
+def warn_broken(registry: Registry) -> None:
+    """One line on stderr for each broken plugin and each plugin that breaks a budget."""
+    for broken in registry.broken:
+        warn(f"{broken.line()}; see `tenfold plugins check`")
+    for row in registry.plugins.values():
+        for message in row.warnings:
+            warn(f"plugin {row.name!r}: {message}")
+
+
+def emit(as_json: bool, value: Any, lines: Iterable[str]) -> int:
+    """Prints a result as JSON or as text lines, and returns success."""
+    if as_json:
+        print_json(value)
+    else:
+        for line in lines:
+            print(line)
+    return EXIT_OK
