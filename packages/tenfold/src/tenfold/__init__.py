@@ -21,7 +21,17 @@ _LAZY = {
     "GenerationConfig": "tenfold.records",
 }
 
-__all__ = ["__version__", *_LAZY]
+__all__ = [
+    "REQUIRED",
+    "CommandSpec",
+    "ComponentSpec",
+    "GenerationConfig",
+    "Param",
+    "PluginInfo",
+    "TenfoldError",
+    "__version__",
+    "hookimpl",
+]
 
 if TYPE_CHECKING:
     from tenfold.errors import TenfoldError

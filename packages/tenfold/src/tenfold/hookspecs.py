@@ -25,32 +25,32 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def tenfold_plugin() -> PluginInfo:  # ty: ignore[empty-body]
+def tenfold_plugin() -> PluginInfo:
     """The plugin's card: name, summary, paper, API range, homepage. Required."""
 
 
 @hookspec
-def tenfold_models() -> Iterable[ComponentSpec]:  # ty: ignore[empty-body]
+def tenfold_models() -> Iterable[ComponentSpec]:
     """Models. A decoder is a model with a `component:model` parameter that it `inherits`."""
 
 
 @hookspec
-def tenfold_datasets() -> Iterable[ComponentSpec]:  # ty: ignore[empty-body]
+def tenfold_datasets() -> Iterable[ComponentSpec]:
     """Datasets; `provides` names the record kind."""
 
 
 @hookspec
-def tenfold_evaluators() -> Iterable[ComponentSpec]:  # ty: ignore[empty-body]
+def tenfold_evaluators() -> Iterable[ComponentSpec]:
     """Evaluators: split into `plan`, `run`, `aggregate`, see `tenfold.capabilities.Evaluator`."""
 
 
 @hookspec
-def tenfold_trainers() -> Iterable[ComponentSpec]:  # ty: ignore[empty-body]
+def tenfold_trainers() -> Iterable[ComponentSpec]:
     """Trainers: produce a checkpoint and a record."""
 
 
 @hookspec
-def tenfold_commands() -> Iterable[CommandSpec]:  # ty: ignore[empty-body]
+def tenfold_commands() -> Iterable[CommandSpec]:
     """Sub-commands `tenfold <plugin> <command>`, imported when invoked."""
 
 

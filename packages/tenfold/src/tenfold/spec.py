@@ -70,6 +70,7 @@ class Param:
 
     @property
     def required(self) -> bool:
+        """Whether a value must be given."""
         return self.default is REQUIRED
 
     @property
@@ -79,6 +80,7 @@ class Param:
 
     @property
     def is_list(self) -> bool:
+        """Whether `type` is `list[...]`."""
         return self.type.startswith("list[") and self.type.endswith("]")
 
     @property

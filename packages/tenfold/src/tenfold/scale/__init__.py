@@ -1,0 +1,1 @@
+"""Several processes: launching them, process groups, Accelerate and DeepSpeed."""
