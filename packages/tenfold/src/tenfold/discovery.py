@@ -312,7 +312,14 @@ def _import(entry: EntryPoint) -> Any:
             'rename it in [project.entry-points."tenfold.plugins"] and in PluginInfo',
         )
     with _guarded("import"):
-        return import_plugin(entry.value)
+        try:
+            return import_plugin(entry.value)
+        except ModuleNotFoundError as error:
+            module = entry.value.partition(":")[0].strip()
+            if error.name and f"{module}.".startswith(f"{error.name}."):
+                hint = f"the entry point names {entry.value!r}; correct it, or add the module"
+                raise _PluginError("import", _one_line(error), hint) from error
+            raise
 
 
 def _register(entry: EntryPoint, plugin: Any) -> pluggy.PluginManager:

@@ -62,6 +62,14 @@ class TooManyFailures(TenfoldError):
     exit_code = EXIT_TOO_MANY_FAILURES
 
 
+class TenfoldWarning(UserWarning):
+    """A warning of the host; the command line shows it as one line on stderr."""
+
+
+class TenfoldDeprecation(TenfoldWarning):
+    """A name that still works and will go away; the message says which one to use."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known name, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

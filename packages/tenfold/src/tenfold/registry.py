@@ -15,7 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenfold.errors import ComponentError, ConfigError, nearest
+from tenfold.errors import (
+    ComponentError,
+    ConfigError,
+    TenfoldDeprecation,
+    TenfoldWarning,
+    nearest,
+)
 from tenfold.spec import KINDS, CommandSpec, ComponentSpec
 from tenfold.workspace import Workspace, find_workspace
 
@@ -23,14 +29,6 @@ if TYPE_CHECKING:
     from tenfold.observers import Observers
 
 OBSERVER_HOOKS = ("tenfold_run_start", "tenfold_item_end", "tenfold_run_end")
-
-
-class TenfoldWarning(UserWarning):
-    """A warning of the host; the command line shows it as one line."""
-
-
-class TenfoldDeprecation(TenfoldWarning):
-    """A name that still works and will go away; the message says which one to use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +147,13 @@ class Registry:
             hint=f"`tenfold list {kind}s` shows what there is",
         )
 
+    def unknown(self, name: str) -> ComponentError:
+        """The error for a name that no component of any kind has."""
+        return ComponentError(
+            f"unknown component {name!r}{self._why_unknown('', name, self.items)}",
+            hint="`tenfold list` shows what there is",
+        )
+
     def commands(self, plugin: str) -> tuple[CommandSpec, ...]:
         """The sub-commands of a plugin; empty when it has none or is unknown."""
         return self.command_specs.get(plugin, ())
@@ -241,7 +246,7 @@ class Registry:
 
     def _why_unknown(self, kind: str, name: str, candidates: Iterable[Component]) -> str:
         """What to say after "unknown model 'x'": the likeliest reason, or a near name."""
-        others = [c.kind for c in self.items if name in (c.id, c.spec.name)]
+        others = [c.kind for c in self.items if kind and name in (c.id, c.spec.name)]
         if others:
             article = "an" if others[0] == "evaluator" else "a"
             return f": it names {article} {others[0]}"
@@ -268,12 +273,18 @@ class Registry:
         return f": no plugin {plugin!r}{nearest(plugin, self.plugins)}"
 
 
-def load_registry(workspace: Workspace | None = None, *, cached: bool = True) -> Registry:
+def load_registry(
+    workspace: Workspace | None = None, *, cached: bool = True, lenient: bool = False
+) -> Registry:
     """The registry of this environment under the workspace's plugin policy.
+
+    Each broken plugin is one `TenfoldWarning`.
 
     Args:
         workspace: found from the current folder when None.
         cached: False always discovers anew (and then refreshes the index).
+        lenient: for callers that report broken plugins themselves: no warnings, and no error
+            under a strict policy.
 
     Raises:
         ComponentError: the policy is strict and a plugin is broken.
@@ -290,13 +301,24 @@ def load_registry(workspace: Workspace | None = None, *, cached: bool = True) ->
 
         registry, sources = discover(workspace)
         index.write(workspace, registry, sources)
-    if workspace.policy.strict and registry.broken:
+    if not lenient:
+        _report_broken(registry)
+    return registry
+
+
+def _report_broken(registry: Registry) -> None:
+    """One warning per broken plugin or exceeded budget; an error under a strict policy."""
+    if registry.workspace.policy.strict and registry.broken:
         lines = "\n".join(f"  {broken.line()}" for broken in registry.broken)
         raise ComponentError(
-            f"strict plugin policy, and {len(registry.broken)} broken:\n{lines}",
+            f"the plugin policy is strict and something is broken:\n{lines}",
             hint="`tenfold plugins check` tells the full story",
         )
-    return registry
+    messages = [f"{broken.line()}; see `tenfold plugins check`" for broken in registry.broken]
+    for row in registry.plugins.values():
+        messages += [f"plugin {row.name!r}: {message}" for message in row.warnings]
+    for message in messages:
+        warnings.warn(message, TenfoldWarning, stacklevel=3)
 
 
 def trace(label: str, started: float, note: str = "") -> None:
@@ -313,7 +335,5 @@ __all__ = [
     "PluginRow",
     "Recipe",
     "Registry",
-    "TenfoldDeprecation",
-    "TenfoldWarning",
     "load_registry",
 ]

@@ -12,10 +12,17 @@ import os
 import sys
 import warnings
 from collections.abc import Generator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from tenfold import __version__
-from tenfold.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, TenfoldError, nearest
+from tenfold.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    ConfigError,
+    TenfoldError,
+    TenfoldWarning,
+    nearest,
+)
 
 COMMANDS = {
     "run": ("tenfold.cli.run", "run a run file or a recipe"),
@@ -189,18 +196,22 @@ def _own_warnings() -> Generator[None]:
     original = warnings.showwarning
 
     def show(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
     ) -> None:
-        if category.__module__.startswith("tenfold"):
+        if issubclass(category, TenfoldWarning):
             print(f"warning: {message}", file=sys.stderr)
         else:
-            original(message, category, filename, lineno, *rest)  # ty: ignore[invalid-argument-type]
+            original(message, category, filename, lineno, file, line)
 
-    warnings.showwarning = show
-    try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TenfoldWarning)
+        warnings.showwarning = show  # ty: ignore[invalid-assignment]
         yield
-    finally:
-        warnings.showwarning = original
 
 
 @contextlib.contextmanager

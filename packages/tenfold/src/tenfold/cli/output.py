@@ -6,12 +6,7 @@ import json
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-from tenfold.errors import EXIT_OK
-
-if TYPE_CHECKING:
-    from tenfold.registry import Registry
+from typing import Any
 
 
 def print_json(value: Any) -> None:
@@ -59,36 +54,3 @@ def _width(text: str) -> int:
 def note(message: str) -> None:
     """A remark on stderr."""
     print(message, file=sys.stderr)
-
-
-def warn(message: str) -> None:
-    """A warning on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def open_registry() -> Registry:
-    """The registry, with one line on stderr for each broken plugin."""
-    from tenfold.registry import load_registry
-
-    registry = load_registry()
-    warn_broken(registry)
-    return registry
-
-
-def warn_broken(registry: Registry) -> None:
-    """One line on stderr for each broken plugin and each plugin that breaks a budget."""
-    for broken in registry.broken:
-        warn(f"{broken.line()}; see `tenfold plugins check`")
-    for row in registry.plugins.values():
-        for message in row.warnings:
-            warn(f"plugin {row.name!r}: {message}")
-
-
-def emit(as_json: bool, value: Any, lines: Iterable[str]) -> int:
-    """Prints a result as JSON or as text lines, and returns success."""
-    if as_json:
-        print_json(value)
-    else:
-        for line in lines:
-            print(line)
-    return EXIT_OK

@@ -42,14 +42,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def new_parser(prog: str, summary: str) -> Parser:
-    """A parser with the options that every command has."""
-    parser = Parser(prog=prog, description=summary[:1].upper() + summary[1:] + ".")
-    add_common(parser)
-    return parser
+    """An empty parser that describes itself."""
+    return Parser(prog=prog, description=summary[:1].upper() + summary[1:] + ".")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Adds `--json` and `-C/--workspace`, absent from the result unless given."""
+    """Adds `--json` and `-C/--workspace` to a parser and to those of its actions; they are
+    absent from the result unless given."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for nested in action.choices.values():
+                add_common(nested)
     group = parser.add_argument_group("common options")
     group.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="results as JSON on stdout"
@@ -79,12 +82,10 @@ class Actions:
         parser.set_defaults(action=default)
 
     def add(self, name: str, summary: str) -> argparse.ArgumentParser:
-        """A parser for one action, with the common options."""
-        parser = self._subparsers.add_parser(
+        """A parser for one action."""
+        return self._subparsers.add_parser(
             name, help=summary, description=summary[:1].upper() + summary[1:] + "."
         )
-        add_common(parser)
-        return parser
 
 
 def run_command(
@@ -94,6 +95,7 @@ def run_command(
     module = import_module(module_name)
     parser = new_parser(f"tenfold {name}", module.SUMMARY)
     module.add_arguments(parser)
+    add_common(parser)
     return module.run(finish(parser.parse(arguments), options))
 
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from tenfold.cli import COMMANDS, GlobalOptions
-from tenfold.cli.output import open_registry, print_json, table_lines
-from tenfold.cli.parser import Parser, finish, new_parser
+from tenfold.cli.output import print_json, table_lines
+from tenfold.cli.parser import Parser, add_common, finish, new_parser
 from tenfold.errors import EXIT_OK, ComponentError, ConfigError, TenfoldError, nearest
 from tenfold.params import describe_type, option_name, parse_text
-from tenfold.registry import Registry
+from tenfold.registry import Registry, load_registry
 from tenfold.spec import CommandSpec, Param
 
 
@@ -25,7 +25,7 @@ def run_verb(plugin: str, arguments: Sequence[str], options: GlobalOptions) -> i
         ConfigError: no such command or verb, or bad arguments.
         ComponentError: the plugin is broken, or its target cannot be imported.
     """
-    registry = open_registry()
+    registry = load_registry()
     commands = registry.commands(plugin)
     if not commands:
         raise _unknown_command(plugin, registry)
@@ -42,6 +42,7 @@ def run_verb(plugin: str, arguments: Sequence[str], options: GlobalOptions) -> i
     parser = new_parser(f"tenfold {plugin} {verb}", spec.summary)
     for param in spec.params:
         add_param(parser, param)
+    add_common(parser)
     args = finish(parser.parse(rest), options)
     values = {p.name: _value(p, getattr(args, f"param_{p.name}")) for p in spec.params}
     return _invoke(plugin, spec, values, as_json=args.json)
