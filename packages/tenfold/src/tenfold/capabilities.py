@@ -398,6 +398,8 @@ class Context(Protocol):
     """Folder for files of this run; written by rank 0, atomically (`tenfold.store`)."""
     work_dir: Path
     """Folder that survives an interruption; trainers keep resumable state here."""
+    cache_dir: Path
+    """Folder shared by all runs, for content-addressed entries; safe to delete."""
 
     def derive(self, *labels: object) -> int:
         """A seed derived from the run's seed and labels (use item ids, never positions)."""
