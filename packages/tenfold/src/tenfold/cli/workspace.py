@@ -16,6 +16,7 @@ from tenfold.workspace import DEFAULTS, Workspace, find_workspace
 SUMMARY = "check workspace.toml and plugins.toml"
 
 ROW_KEYS = (
+    "summary",
     "distribution",
     "path",
     "module",
@@ -142,4 +143,6 @@ def _check_row(where: str, name: str, row: dict[str, object], registry: Registry
         return Check("fail", where, broken[0].line())
     if name in registry.disabled:
         return Check("ok", where, "installed, disabled by the policy")
+    if row.get("status") == "planned":
+        return Check("ok", where, "planned, not installed")
     return Check("warn", where, f"{wanted} is not installed")
