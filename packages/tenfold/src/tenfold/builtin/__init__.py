@@ -1,0 +1,1 @@
+"""The built-in plugin `core`: models, datasets, evaluators and trainers."""
