@@ -65,9 +65,9 @@ class Node:
         params = {}
         for name, value in self.params.items():
             param = spec.param(name)
-            if identity and param is not None:
-                if not param.identity or param.element_type == "path":
-                    continue
+            free = param is not None and (not param.identity or param.element_type == "path")
+            if identity and free:
+                continue
             params[name] = _describe_value(value, identity)
         row: dict[str, Any] = {"id": self.component.id, "version": spec.version, "params": params}
         if self.train is not None:
@@ -179,6 +179,26 @@ def make_plan(config: RunConfig, registry: Registry, workspace: Workspace) -> Pl
     )
 
 
+def plan_component(
+    config: RunConfig,
+    registry: Registry,
+    workspace: Workspace,
+    kind: str,
+    table: Mapping[str, Any],
+    where: str,
+) -> tuple[Node, Plan]:
+    """One component's node, and a plan without a task to build it with.
+
+    Raises:
+        ConfigError: an unknown parameter, wrong type, value out of range.
+        ComponentError: an unknown component.
+    """
+    planner = _Planner(config, registry, workspace)
+    node = planner.node(kind, table, where)
+    plan = Plan(config, {}, {}, None, None, tuple(planner.checks), planner.adapters)
+    return node, plan
+
+
 class _Planner:
     """Builds nodes and collects checks; one instance per plan."""
 
@@ -200,7 +220,7 @@ class _Planner:
                     f"{where}: {component.id} has no parameter {name!r}{nearest(name, known)} "
                     f"(it has: {', '.join(known) or 'none'})"
                 )
-        defaults = self._policy_defaults(component)
+        defaults = self.registry.defaults(component)
         train = self._train_node(component, table, where)
         params = {
             p.name: self._param(p, {**defaults, **given}, where, trained=train is not None)
@@ -241,19 +261,6 @@ class _Planner:
         if name == "seed":
             return self.config.seed
         return self.workspace.default(name)
-
-    def _policy_defaults(self, component: Component) -> Mapping[str, Any]:
-        """Defaults that `plugins.toml` sets: `[plugins.<name>.defaults.<component>]`."""
-        tables = self.workspace.policy.defaults.get(component.plugin, {})
-        table = tables.get(component.spec.name, {})
-        known = [param.name for param in component.spec.params]
-        for name in table:
-            if name not in known:
-                raise ConfigError(
-                    f"{self.workspace.policy.path}: plugins.{component.plugin}.defaults."
-                    f"{component.spec.name}: no parameter {name!r}{nearest(name, known)}"
-                )
-        return table
 
     def _train_node(
         self, component: Component, table: Mapping[str, Any], where: str
