@@ -116,9 +116,7 @@ class TokenizerMixin:
         Raises:
             ConfigError: a message has no role or content, or the template refuses it.
         """
-        for message in messages:
-            if not {"role", "content"} <= set(message):
-                raise ConfigError(f"a chat message needs 'role' and 'content'; got {message!r}")
+        plain = plain_chat(messages)
         if getattr(self.tokenizer, "chat_template", None):
             try:
                 return self.tokenizer.apply_chat_template(
@@ -126,8 +124,20 @@ class TokenizerMixin:
                 )
             except Exception as error:
                 raise ConfigError(f"the chat template refuses these messages: {error}") from error
-        lines = [f"{m['role']}: {m['content']}" for m in messages]
-        return "\n".join([*lines, "assistant:"])
+        return plain
+
+
+def plain_chat(messages: Sequence[Message]) -> str:
+    """Messages as `role: content` lines, ending where the assistant's answer begins.
+
+    Raises:
+        ConfigError: a message has no role or content.
+    """
+    for message in messages:
+        if not {"role", "content"} <= set(message):
+            raise ConfigError(f"a chat message needs 'role' and 'content'; got {message!r}")
+    lines = [f"{m['role']}: {m['content']}" for m in messages]
+    return "\n".join([*lines, "assistant:"])
 
 
 def _vocabulary_hash(tokenizer: Any) -> str:
