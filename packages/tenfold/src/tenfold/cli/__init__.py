@@ -27,7 +27,7 @@ from tenfold.errors import (
 COMMANDS = {
     "run": ("tenfold.cli.run", "run a run file or a recipe"),
     "eval": ("tenfold.cli.eval", "evaluate one model on one dataset, without a run file"),
-    "train": ("tenfold.cli.train", "train a model, without a run file"),
+    "train": ("tenfold.cli.train", "train a model"),
     "sweep": ("tenfold.cli.sweep", "run every point of a run file's [sweep]"),
     "rerun": ("tenfold.cli.rerun", "run a recorded run again and compare"),
     "runs": ("tenfold.cli.runs", "list, show, compare, export and remove run records"),
@@ -42,6 +42,9 @@ COMMANDS = {
     "completion": ("tenfold.cli.completion", "print a completion script for your shell"),
 }
 """Command → (module, summary); the summary is repeated here so that help imports no module."""
+
+_HIDDEN = {"worker": "tenfold.cli.worker"}
+"""Commands that the host starts itself: command → module."""
 
 _GROUPS = {
     "Run": ("run", "eval", "train", "sweep", "rerun"),
@@ -92,10 +95,11 @@ def _dispatch(arguments: list[str]) -> int:
     name, *rest = rest
     if name == "help":
         return _dispatch([*rest, "--help"])
-    if name in COMMANDS:
+    if name in COMMANDS or name in _HIDDEN:
         from tenfold.cli.parser import run_command
 
-        return run_command(name, COMMANDS[name][0], rest, options)
+        module = _HIDDEN.get(name) or COMMANDS[name][0]
+        return run_command(name, module, rest, options)
     from tenfold.cli.verbs import run_verb
 
     return run_verb(name, rest, options)

@@ -137,6 +137,6 @@ def _offering(registry: Registry, found: list[Component], name: str) -> dict[str
             continue
         elif component.spec.inherits:
             how[_key(component)] = "base"
-        elif adapter is not None and set(adapter.needs) <= set(own):
+        elif adapter is not None and set(adapter[0]) <= own:
             how[_key(component)] = "adapter"
     return how
