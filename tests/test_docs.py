@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tomllib
+import venv
 from pathlib import Path
 
+import browser
 import docs_blocks
 import gen_docs
 import pytest
@@ -28,19 +33,16 @@ def name(page):
 def run_page(page, folder, *, slow):
     """Carries out the blocks of a page in `folder`; slow ones only when asked."""
     namespace = {"__name__": "__main__"}
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "COLUMNS": "100",
-    }
-    environment.setdefault("OMP_NUM_THREADS", "2")
+    environment = page_environment(page, folder / "env")
+    work = folder / "work"
+    work.mkdir()
     before = Path.cwd()
-    os.chdir(folder)
+    os.chdir(work)
     try:
         for block in docs_blocks.blocks(page):
             where = f"{name(page)}:{block.line}"
             if block.verb == "file":
-                path = folder / block.options
+                path = work / block.options
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(block.body)
             elif block.slow and not slow:
@@ -52,6 +54,33 @@ def run_page(page, folder, *, slow):
                 run_console(block, where, environment)
     finally:
         os.chdir(before)
+
+
+def page_environment(page, folder):
+    """Variables for a page's commands; a page that installs gets an environment of its own."""
+    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    environment = {**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    if "uv pip install" in page.read_text():
+        layered_environment(folder)
+        paths.insert(0, str(folder / "bin"))
+        environment["VIRTUAL_ENV"] = str(folder)
+    return {**environment, "PATH": os.pathsep.join(paths)}
+
+
+def layered_environment(folder):
+    """A virtual environment on top of this one, into which uv installs without a network."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    (site,) = folder.glob("lib/python*/site-packages")
+    under = sysconfig.get_path("purelib")
+    (site / "under.pth").write_text(f"import site; site.addsitedir({under!r})\n")
+    scripts = {
+        "tenfold": f"#!{python}\nimport sys\nfrom tenfold.cli import main\nsys.exit(main())\n",
+        "uv": f'#!/bin/sh\nexec {shutil.which("uv")} "$@" --no-deps --no-build-isolation\n',
+    }
+    for name, text in scripts.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
 
 
 def run_console(block, where, environment):
@@ -109,8 +138,6 @@ def test_drift_is_noticed(monkeypatch):
 
 
 def test_every_toml_block_is_toml():
-    import tomllib
-
     for page in PAGES:
         for body in re.findall(r"^```toml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
             tomllib.loads(body)
@@ -123,19 +150,37 @@ def test_output_matching_is_strict_but_for_dots():
     assert not docs_blocks.matches("a", "a\nb")
 
 
-def test_site_builds_strictly_and_loads_nothing_from_outside(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site; building strictly is a law of its own."""
+    folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(folder)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_site_builds_strictly_and_loads_nothing_from_outside(site):
     loads = re.compile(
         r'<(?:script|img|iframe|source)[^>]+src="(?:https?:)?//'
         r'|<link[^>]+rel="(?:stylesheet|preconnect|icon)"[^>]+href="(?:https?:)?//'
     )
-    built = list(tmp_path.rglob("*.html"))
+    built = list(site.rglob("*.html"))
     assert len(built) > 25
     assert [path.name for path in built if loads.search(path.read_text())] == []
+
+
+@pytest.mark.skipif(browser.find_browser() is None, reason="no browser installed")
+def test_site_opens_silently_in_a_browser(site):
+    executable = browser.find_browser()
+    assert executable
+    with browser.serving(site) as address, browser.running(executable) as running:
+        for path in ("index.html", "concepts/planning.html", "api/spec.html", "cli.html"):
+            page = running.open(f"{address}/{path}")
+            assert page.problems == []
+            assert [u for u in page.requests if not u.startswith((address, "data:"))] == []

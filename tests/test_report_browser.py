@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
-import threading
-
 import browser
 import pytest
 from tenfold.report import (
@@ -87,21 +83,12 @@ def chromium():
         yield running
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format, *args):
-        pass
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A folder and the address it is served at; a real origin shows requests that file: hides."""
+    """A folder and the address it is served at."""
     folder = tmp_path_factory.mktemp("pages")
-    handler = functools.partial(Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield folder, f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with browser.serving(folder) as address:
+        yield folder, address
 
 
 def outside(page, address):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
+import http.server
 import itertools
 import json
 import os
@@ -16,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -175,6 +178,22 @@ def running(executable: str) -> Iterator[Browser]:
         finally:
             process.terminate()
             process.wait(timeout=TIMEOUT_S)
+
+
+class _QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Says nothing."""
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """Serves a folder on this machine; its address. A real origin shows requests that pages
+    opened as files do not make."""
+    handler = functools.partial(_QuietHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def _address(process: subprocess.Popen[bytes], profile: Path) -> str:
