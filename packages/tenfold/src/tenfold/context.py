@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,11 +58,15 @@ class RunContext:
             file.write(line)
 
 
-def resolve_device(name: str) -> str:
-    """`auto` as `cuda`, `mps` or `cpu`; imports torch only for `auto` and only if installed."""
+def resolve_device(name: str, modules: Collection[str] = ("torch",)) -> str:
+    """`auto` as `cuda`, `mps` or `cpu`.
+
+    torch is imported to answer only when it is among `modules`, those that the run imports
+    anyway: a run over HTTP should not wait seconds for it.
+    """
     if name != "auto":
         return name
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" and os.name == "posix":
+    if "torch" not in modules:
         return "cpu"
     try:
         import torch

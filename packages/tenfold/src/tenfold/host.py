@@ -160,9 +160,9 @@ class Host:
     def _equal_runs(self, config: RunConfig) -> Iterator[RunStore]:
         digest = config.digest()
         for store in reversed(all_runs(self.runs)):
-            if store.path.parent.name == config.name:
-                if store.read_json("run.json").get("config_digest") == digest:
-                    yield store
+            same_name = store.path.parent.name == config.name
+            if same_name and store.read_json("run.json").get("config_digest") == digest:
+                yield store
 
     def _execute(self, plan: Plan, store: RunStore, options: Options) -> Outcome:
         scale = plan.config.scale
@@ -180,8 +180,9 @@ class Host:
         from tenfold.context import resolve_device
         from tenfold.scale.launch import launch
 
-        device = resolve_device(plan.config.scale["device"])
-        code = launch(store.path, plan.config.scale, device, _worker_arguments(options))
+        device = resolve_device(plan.config.scale["device"], plan.heavy_modules())
+        arguments = [*_worker_arguments(options), "--recorded", str(len(store.done_keys()))]
+        code = launch(store.path, plan.config.scale, device, arguments)
         return recorded_outcome(store, code)
 
 
@@ -197,8 +198,11 @@ def _worker_arguments(options: Options) -> list[str]:
 
 
 def recorded_outcome(store: RunStore, exit_code: int) -> Outcome:
-    """The outcome of a run that other processes executed."""
-    from tenfold.errors import EXIT_INTERRUPTED
+    """The outcome of a run that other processes executed.
+
+    The record's own exit code counts; launchers turn every failure into 1.
+    """
+    from tenfold.errors import EXIT_INTERRUPTED, EXIT_RUN_FAILED
     from tenfold.records import Metric
     from tenfold.run import Outcome
 
@@ -206,9 +210,12 @@ def recorded_outcome(store: RunStore, exit_code: int) -> Outcome:
     if (store.path / "run.json").is_file():
         record = store.read_json("run.json")
     status = record.get("status", "failed")
-    if exit_code and status in ("running", "ok"):
+    if status == "running":  # no process lived to say how it ended
+        exit_code = exit_code or EXIT_RUN_FAILED
         status = "interrupted" if exit_code == EXIT_INTERRUPTED else "failed"
         store.set_status(status)
+    else:
+        exit_code = record.get("exit_code", exit_code)
     metrics: Sequence[Metric] = ()
     if (store.path / "metrics.json").is_file():
         metrics = [Metric(**row) for row in store.read_json("metrics.json")]

@@ -43,11 +43,16 @@ class ItemTimeoutError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """This process's place among those of one launch."""
+    """This process's place among those of one launch.
+
+    `recorded` is how many items the run had when the launch began; the processes cannot count
+    them afterwards, since others may have begun to write.
+    """
 
     rank: int = 0
     world_size: int = 1
     launch_id: str = ""
+    recorded: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +133,7 @@ class _Execution:
         config = plan.config
         self.context = RunContext(
             seed=config.seed,
-            device=resolve_device(config.scale["device"]),
+            device=resolve_device(config.scale["device"], plan.heavy_modules()),
             dtype=workspace.default("dtype"),
             run_dir=store.path,
             cache_dir=workspace.path("cache"),
@@ -157,17 +162,17 @@ class _Execution:
             outcome = self._outcome("interrupted", EXIT_INTERRUPTED, "interrupted; state saved")
         except TenfoldError as error:
             self._log_traceback()
-            self._end("failed", str(error))
+            self._end("failed", str(error), error.exit_code)
             raise
         except Exception as error:
             self._log_traceback()
             message = f"{type(error).__name__}: {error}"
-            self._end("failed", message)
+            self._end("failed", message, RunFailed.exit_code)
             raise RunFailed(
                 f"the run failed: {message}",
                 hint=f"the full traceback is in {self.store.path / 'log.txt'}",
             ) from error
-        self._end(outcome.status, outcome.message)
+        self._end(outcome.status, outcome.message, outcome.exit_code)
         return outcome
 
     # --- phases ---
@@ -245,7 +250,6 @@ class _Execution:
         self, evaluator: Any, models: Mapping[str, Any], items: Any, total: int | None, base: str
     ) -> None:
         done = self.store.done_keys()
-        recorded = len(done)
         writer = ItemWriter(self.store, self.process.rank)
         feed = _Feed(items, base, done, self.options)
         label = self.plan.task.component.id
@@ -258,7 +262,7 @@ class _Execution:
                     pass
         finally:
             alone = self.process.world_size == 1
-            self.counts["reused"] = feed.reused if alone else recorded
+            self.counts["reused"] = feed.reused if alone else self.process.recorded
             writer.close()
 
     def _run_until_error(
@@ -394,12 +398,13 @@ class _Execution:
         if self.observers is not None:
             self.observers.run_start(self.record)
 
-    def _end(self, status: str, message: str) -> None:
+    def _end(self, status: str, message: str, exit_code: int) -> None:
         self.context.log("end", status=status, message=message)
         if self.process.rank == 0:
             self.record.update(
                 status=status,
                 message=message,
+                exit_code=exit_code,
                 ended=_now(),
                 counts=dict(self.counts),
                 seconds=self.phases,

@@ -25,13 +25,13 @@ from tenfold.errors import (
 )
 
 COMMANDS = {
-    "run": ("tenfold.cli.run", "run a run file or a recipe"),
-    "eval": ("tenfold.cli.eval", "evaluate one model on one dataset, without a run file"),
-    "train": ("tenfold.cli.train", "train a model"),
+    "run": ("tenfold.cli.run", "run a run file or recipe"),
+    "eval": ("tenfold.cli.eval", "evaluate a model on a dataset, without a run file"),
+    "train": ("tenfold.cli.train", "train a model: a run file with a [trainer], or --trainer NAME KEY=VALUE"),
     "sweep": ("tenfold.cli.sweep", "run every point of a run file's [sweep]"),
-    "rerun": ("tenfold.cli.rerun", "run a recorded run again and compare"),
-    "runs": ("tenfold.cli.runs", "list, show, compare, export and remove run records"),
-    "report": ("tenfold.cli.report", "write a report of one or several runs"),
+    "rerun": ("tenfold.cli.rerun", "repeat a recorded run and compare the two"),
+    "runs": ("tenfold.cli.runs", "list, show, diff, rescore, merge, export or remove run records"),
+    "report": ("tenfold.cli.report", "write a run's report, or compare several runs"),
     "recipes": ("tenfold.cli.recipes", "list or show the run files that plugins bring"),
     "list": ("tenfold.cli.components", "list models, datasets, evaluators and trainers"),
     "show": ("tenfold.cli.show", "describe a component: parameters, needs, a run-file snippet"),

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `tenfold worker`."""
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--expect", type=int, required=True, metavar="N")
+    parser.add_argument("--recorded", type=int, default=0, metavar="N")
     parser.add_argument("--resume", action="store_true")
     add_run_options(parser)
 
@@ -25,13 +26,16 @@ def run(args: argparse.Namespace) -> int:
 
     from tenfold.host import Host
     from tenfold.run import execute
-    from tenfold.scale.launch import this_process
+    from tenfold.scale.launch import this_process, use_host_stderr
     from tenfold.store import RunStore
 
-    process = this_process(args.expect)
+    use_host_stderr()
+    process = this_process(args.expect, args.recorded)
     host = Host()
     store = RunStore(Path(args.run_dir))
     plan = host.plan(host.recorded_config(store))
     options = replace(options_from(args, resume=args.resume), process=process)
     observers = host.registry.observers()
-    return execute(plan, store, host.workspace, options, observers).exit_code
+    execute(plan, store, host.workspace, options, observers)
+    # The record holds the exit code; a failure here would make the launcher end the others.
+    return 0

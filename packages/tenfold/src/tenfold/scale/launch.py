@@ -7,6 +7,7 @@ run folder. The world size that a worker finds is compared with the one that was
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -18,6 +19,8 @@ from typing import Any
 
 from tenfold.errors import EXIT_INTERRUPTED, ConfigError, RunFailed
 from tenfold.run import Process
+
+_STDERR = "TENFOLD_STDERR"
 
 
 def launch(run_dir: Path, scale: Mapping[str, Any], device: str, arguments: list[str]) -> int:
@@ -34,14 +37,31 @@ def launch(run_dir: Path, scale: Mapping[str, Any], device: str, arguments: list
     environment = _environment(launcher, processes, device, config)
     worker = ["worker", str(run_dir), "--expect", str(processes), *arguments]
     command = _command(launcher, processes, config) + worker
-    child = subprocess.Popen(command, env=environment)
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        # The terminal has sent SIGINT to the workers too; the launcher needs a moment.
-        child.send_signal(signal.SIGTERM)
-        child.wait()
-        return EXIT_INTERRUPTED
+    with (run_dir / "launcher.log").open("ab") as log:
+        own = environment.get(_STDERR)
+        child = subprocess.Popen(command, env=environment, stderr=log if own else None)
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            # The terminal has sent SIGINT to the workers too; the launcher needs a moment.
+            child.send_signal(signal.SIGTERM)
+            child.wait()
+            return EXIT_INTERRUPTED
+
+
+def use_host_stderr() -> None:
+    """Lets this worker write to the host's own stderr.
+
+    A launcher reports every failure with a long traceback of its own, which goes to
+    `launcher.log`; what the workers say is for the user.
+    """
+    path = os.environ.get(_STDERR, "")
+    if path:
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_WRONLY | os.O_APPEND)
+            sys.stderr.flush()
+            os.dup2(handle, 2)
+            os.close(handle)
 
 
 def _config_file(scale: Mapping[str, Any]) -> str:
@@ -67,6 +87,9 @@ def _environment(launcher: str, processes: int, device: str, config: str) -> dic
     environment["TENFOLD_LAUNCHER"] = launcher
     environment["TENFOLD_LAUNCH_ID"] = secrets.token_hex(4)
     environment["TENFOLD_SCALE_CONFIG"] = config
+    environment.pop(_STDERR, None)
+    if Path("/proc/self/fd/2").exists():
+        environment[_STDERR] = f"/proc/{os.getpid()}/fd/2"
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # DeepSpeed compiles a small operator at first use and looks for ninja on PATH.
     folder = str(Path(sys.executable).parent)
@@ -80,7 +103,7 @@ def _environment(launcher: str, processes: int, device: str, config: str) -> dic
     return environment
 
 
-def this_process(expected: int) -> Process:
+def this_process(expected: int, recorded: int = 0) -> Process:
     """This worker's place, from the launcher's environment.
 
     Raises:
@@ -97,4 +120,5 @@ def this_process(expected: int) -> Process:
         rank=int(os.environ.get("RANK", "0")),
         world_size=obtained,
         launch_id=os.environ.get("TENFOLD_LAUNCH_ID", ""),
+        recorded=recorded,
     )
