@@ -27,7 +27,10 @@ from tenfold.errors import (
 COMMANDS = {
     "run": ("tenfold.cli.run", "run a run file or recipe"),
     "eval": ("tenfold.cli.eval", "evaluate a model on a dataset, without a run file"),
-    "train": ("tenfold.cli.train", "train a model: a run file with a [trainer], or --trainer NAME KEY=VALUE"),
+    "train": (
+        "tenfold.cli.train",
+        "train a model: a run file with a [trainer], or --trainer NAME KEY=VALUE",
+    ),
     "sweep": ("tenfold.cli.sweep", "run every point of a run file's [sweep]"),
     "rerun": ("tenfold.cli.rerun", "repeat a recorded run and compare the two"),
     "runs": ("tenfold.cli.runs", "list, show, diff, rescore, merge, export or remove run records"),
@@ -45,6 +48,9 @@ COMMANDS = {
 
 _HIDDEN = {"worker": "tenfold.cli.worker"}
 """Commands that the host starts itself: command → module."""
+
+_INTERNAL = {"worker": "tenfold.cli.worker"}
+"""Commands that the host starts itself; they are in no help."""
 
 _GROUPS = {
     "Run": ("run", "eval", "train", "sweep", "rerun"),

@@ -15,7 +15,7 @@ _ACTIONS = {
     "plugins": ("list", "show", "check", "enable", "disable"),
     "list": ("models", "datasets", "evaluators", "trainers"),
     "recipes": ("list", "show"),
-    "runs": ("list", "show", "diff", "rescore", "export", "rm"),
+    "runs": ("list", "show", "diff", "rescore", "merge", "export", "rm"),
     "init": ("plugin",),
     "workspace": ("check",),
     "completion": ("bash", "zsh", "fish"),
