@@ -1,0 +1,323 @@
+"""DABGO as one object: perturb both ways, evaluate the corpus, subtract.
+
+    theta_ascent, theta_descent = K steps on the query's loss, from theta_0
+    s_i = L(z_i; theta_ascent) - L(z_i; theta_descent)
+
+With a prefilter, first-order scores of all queries come from one shared pass, and only the
+candidates go through the exact one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tenfold.capabilities import Grad
+from tenfold.seeds import content_hash
+from torch import Tensor, nn
+
+from tenfold_dabgo import prefilter as pre
+from tenfold_dabgo.batches import sample_means
+from tenfold_dabgo.corpus import TokenDataset
+from tenfold_dabgo.divergence import kl_to_now
+from tenfold_dabgo.fisher import FisherDiagonal
+from tenfold_dabgo.granularity import token_scores
+from tenfold_dabgo.linear import QUERY_BLOCK, linear_scores
+from tenfold_dabgo.losses import LossTable, sample_losses
+from tenfold_dabgo.perturb import Perturbation, Perturbed, gradient, perturb_both
+from tenfold_dabgo.precision import low_precision_agrees, noise_floor
+from tenfold_dabgo.queries import Query
+from tenfold_dabgo.scores import AttributionResult
+from tenfold_dabgo.shards import ShardStore
+from tenfold_dabgo.weights import Weights, borrowed, copy_of, device_of, fingerprint
+
+
+class Attributor(Protocol):
+    """One attribution method: scores of every training sample for each query."""
+
+    def attribute(self, queries: Iterable[Query]) -> Iterator[AttributionResult]:
+        """One result per query, in order."""
+        ...
+
+
+Progress = Callable[[str, int | None, str], AbstractContextManager[Any]]
+"""Like `Context.progress`: (label, total, unit) → a bar with `advance(n)`."""
+
+
+class _Silent:
+    def advance(self, n: int = 1, **fields: object) -> None:
+        """Nothing to show."""
+
+
+def no_progress(label: str, total: int | None = None, unit: str = "") -> AbstractContextManager:
+    """A progress bar that shows nothing."""
+    return nullcontext(_Silent())
+
+
+@dataclass
+class BidirectionalAttributor:
+    """The method, see the module's text.
+
+    Attributes:
+        model: offers `grad` (and `step` for the KL trace).
+        dataset: the corpus.
+        fisher: diagonal Fisher at the model's weights; None stands for F = 1.
+        perturbation: settings of the steps.
+        base_losses: also evaluate theta_0 (once), for the one-sided views.
+        prefilter: share of the corpus that goes through the exact pass; None for all of it.
+        token_top: keep token scores of this many proponents and opponents.
+        all_tokens: keep token scores of every sample.
+        token_budget, precision: of the loss pass.
+        seed: of the prefilter's random check.
+        work_dir: folder for shards of unfinished passes.
+        progress: progress bars.
+    """
+
+    model: Grad
+    dataset: TokenDataset
+    fisher: FisherDiagonal | None
+    perturbation: Perturbation = field(default_factory=Perturbation)
+    base_losses: bool = False
+    prefilter: float | None = None
+    token_top: int = 0
+    all_tokens: bool = False
+    token_budget: int = 8192
+    precision: str = "float32"
+    seed: int = 0
+    work_dir: Path | None = None
+    progress: Progress = no_progress
+    _base: np.ndarray | None = field(default=None, init=False, repr=False)
+
+    def attribute(self, queries: Iterable[Query]) -> Iterator[AttributionResult]:
+        """One result per query, in order; the weights are untouched between results."""
+        if self.prefilter is None:
+            for query in queries:
+                yield self._one(query, None)
+            return
+        for block in _blocks(queries, QUERY_BLOCK):
+            linear = self.first_order(block)
+            for query, scores in zip(block, linear, strict=True):
+                yield self._one(query, scores)
+
+    def first_order(self, queries: Sequence[Query]) -> np.ndarray:
+        """`[Q, N]` inner products `<g_i, Pi g_x>`, all queries in one pass."""
+        with borrowed(self.model, self.perturbation.params) as params:
+            directions = [self._direction(params, query) for query in queries]
+            with self.progress("first-order scores", len(self.dataset), "samples") as bar:
+                return linear_scores(
+                    self.model,
+                    params,
+                    self.dataset,
+                    directions,
+                    token_budget=max(self.token_budget // 2, 1),
+                    advance=bar.advance,
+                )
+
+    def _direction(self, params: Mapping[str, nn.Parameter], query: Query) -> Weights:
+        """v = Pi g_x."""
+        v = gradient(params, self._loss(query)())
+        if self.fisher is not None and self.perturbation.method == "natural_gradient":
+            scale, _ = self.fisher.precondition(params, self.perturbation.damping)
+            v = {name: value * scale[name].to(value.dtype) for name, value in v.items()}
+        return v
+
+    def _loss(self, query: Query) -> Callable[[], Tensor]:
+        batch = query.batch(device_of(self.model))
+        return lambda: sample_means(self.model.token_loss(batch), batch)[0]
+
+    def perturb(self, query: Query) -> Perturbed:
+        """Both directions for one query (inspection; the model stays as it is)."""
+        perturbation = self.perturbation
+        train_mode = perturbation.dropout
+        with borrowed(self.model, perturbation.params, train_mode=train_mode) as params:
+            return self._perturb(params, query)
+
+    def _perturb(self, params: Mapping[str, nn.Parameter], query: Query) -> Perturbed:
+        self.model.module().train(self.perturbation.dropout)
+        result = perturb_both(
+            params,
+            self._loss(query),
+            self.perturbation,
+            self.fisher,
+            len(self.dataset),
+            kl_to_now(self.model, query),
+        )
+        self.model.module().eval()
+        return result
+
+    def _one(self, query: Query, linear: np.ndarray | None) -> AttributionResult:
+        started = time.perf_counter()
+        with borrowed(self.model, self.perturbation.params) as params:
+            base = copy_of(params)
+            moved = self._perturb(params, query)
+            perturbed_at = time.perf_counter()
+            variants = {"ascent": moved.ascent, "descent": moved.descent}
+            warnings = list(moved.warnings)
+            precision = self._precision(params, variants, warnings)
+            picked = None
+            if linear is not None and self.prefilter is not None:
+                picked = pre.candidates(linear, self.prefilter, self.seed, max(self.token_top, 1))
+            table = self._pass(params, query, variants, precision, picked)
+            values = table.means["ascent"] - table.means["descent"]
+            noise = noise_floor(
+                self.model,
+                params,
+                self.dataset,
+                moved.ascent,
+                moved.descent,
+                base,
+                values,
+                self.token_budget,
+                precision,
+            )
+            if noise.warning():
+                warnings.append(noise.warning())
+            result = AttributionResult(
+                query.id, "dabgo", self.dataset, values, losses=dict(table.means)
+            )
+            if picked is not None and linear is not None:
+                predicted = 2 * moved.step_size * self.perturbation.steps * linear
+                report = pre.report(linear, values, picked, max(self.token_top, 10))
+                result.details["prefilter"] = report.to_json()
+                result.exact = np.isfinite(values)
+                result.values = np.where(result.exact, values, predicted)
+            if self.base_losses:
+                result.losses["base"] = self._base_losses(params, base)
+            self._add_tokens(result, table, params, variants, precision)
+        result.details |= {
+            "trace": {
+                "ascent": [asdict(step) for step in moved.ascent_trace],
+                "descent": [asdict(step) for step in moved.descent_trace],
+            },
+            "lr": moved.lr,
+            "step_size": moved.step_size,
+            "damping": moved.damping,
+            "backtracks": moved.backtracks,
+            "noise": noise.to_json(),
+            "precision": precision,
+            "warnings": [*warnings, *(self.fisher.warnings if self.fisher else [])],
+            "seconds": {
+                "perturb": perturbed_at - started,
+                "pass": table.seconds,
+                "total": time.perf_counter() - started,
+            },
+            "tokens_per_second": 2 * table.n_tokens / max(table.seconds, 1e-9),
+        }
+        return result
+
+    def _pass(
+        self,
+        params: Mapping[str, nn.Parameter],
+        query: Query,
+        variants: Mapping[str, Weights],
+        precision: str,
+        picked: pre.Candidates | None,
+    ) -> LossTable:
+        """The exact loss pass over the corpus or the candidates."""
+        chosen = picked.chosen if picked is not None else np.arange(len(self.dataset))
+        store = self._store(query, chosen, precision)
+        with self.progress(f"losses for {query.id}", len(chosen), "samples") as bar:
+            table = sample_losses(
+                self.model,
+                params,
+                self.dataset,
+                variants,
+                indices=chosen,
+                per_token=self.all_tokens,
+                token_budget=self.token_budget,
+                precision=precision,
+                store=store,
+                advance=bar.advance,
+            )
+        if store is not None:
+            store.remove()
+        return table
+
+    def _store(self, query: Query, chosen: np.ndarray, precision: str) -> ShardStore | None:
+        if self.work_dir is None:
+            return None
+        facts = asdict(self.fisher.facts) if self.fisher is not None else None
+        key = content_hash(
+            {
+                "model": fingerprint(self.model),
+                "corpus": self.dataset.content_hash(),
+                "query": [query.prompt_ids, query.completion_ids, query.span],
+                "perturbation": self.perturbation.to_json(),
+                "fisher": facts,
+                "samples": content_hash(chosen.tolist()),
+                "pass": [precision, self.token_budget, self.all_tokens],
+            }
+        )
+        return ShardStore.open(self.work_dir / "losses" / content_hash(query.id), key)
+
+    def _precision(
+        self, params: Mapping[str, Tensor], variants: Mapping[str, Weights], warnings: list[str]
+    ) -> str:
+        """The precision of the pass: a lower one only when a probe ranks the same way."""
+        if self.precision == "float32":
+            return self.precision
+        agrees, agreement = low_precision_agrees(
+            self.model, params, self.dataset, variants, self.precision, self.token_budget
+        )
+        if agrees:
+            return self.precision
+        warnings.append(
+            f"{self.precision} ranks a probe differently (Spearman {agreement:.2f}): "
+            "the pass ran in float32"
+        )
+        return "float32"
+
+    def _base_losses(self, params: Mapping[str, Tensor], base: Weights) -> np.ndarray:
+        """`[N]` losses at theta_0, computed once."""
+        if self._base is None:
+            table = sample_losses(
+                self.model, params, self.dataset, {"base": base}, token_budget=self.token_budget
+            )
+            self._base = table.means["base"]
+        return self._base
+
+    def _add_tokens(
+        self,
+        result: AttributionResult,
+        table: LossTable,
+        params: Mapping[str, Tensor],
+        variants: Mapping[str, Weights],
+        precision: str,
+    ) -> None:
+        """Token scores of all samples, or of the two ends of the ranking."""
+        tokens = table.tokens
+        if not self.all_tokens:
+            if self.token_top < 1:
+                return
+            ends = {
+                row.index
+                for direction in ("proponents", "opponents")
+                for row in result.topk(self.token_top, direction)
+            }
+            tokens = sample_losses(
+                self.model,
+                params,
+                self.dataset,
+                variants,
+                indices=sorted(ends),
+                per_token=True,
+                token_budget=self.token_budget,
+                precision=precision,
+            ).tokens
+        result.tokens = token_scores(tokens["ascent"], tokens["descent"])
+
+
+def _blocks(queries: Iterable[Query], size: int) -> Iterator[list[Query]]:
+    block: list[Query] = []
+    for query in queries:
+        block.append(query)
+        if len(block) == size:
+            yield block
+            block = []
+    if block:
+        yield block

@@ -1,0 +1,194 @@
+"""The training-loss pass: every sample's loss under several sets of weights.
+
+For each batch the ids are loaded once and the weight sets follow one another, so that both
+directions see the same batch (their rounding is paired). Results go to shards on disk when a
+store is given, and a killed pass goes on with the first missing shard.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tenfold.capabilities import Grad, TokenBatch
+from tenfold.errors import ConfigError
+from torch import Tensor
+
+from tenfold_dabgo.batches import length_buckets, pad_id, scored_mask, token_batch
+from tenfold_dabgo.corpus import TokenDataset
+from tenfold_dabgo.shards import ShardStore
+from tenfold_dabgo.weights import Weights, load
+
+TOKEN_BUDGET = 8192
+SHARD_SAMPLES = 4096
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class LossTable:
+    """Losses by weight set.
+
+    Attributes:
+        n_scored: `[N]` scored tokens per sample.
+        means: weight set → `[N]` float64 mean token loss in nats; NaN where not evaluated or
+            without a scored token.
+        tokens: weight set → sample index → `[T]` float32 token losses, the first one NaN;
+            empty unless asked for.
+        n_tokens: real tokens processed (per weight set), `seconds`: time taken.
+    """
+
+    n_scored: np.ndarray
+    means: dict[str, np.ndarray]
+    tokens: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
+    n_tokens: int = 0
+    seconds: float = 0.0
+
+
+def sample_losses(
+    model: Grad,
+    params: Mapping[str, Tensor],
+    dataset: TokenDataset,
+    variants: Mapping[str, Weights],
+    *,
+    indices: Sequence[int] | np.ndarray | None = None,
+    per_token: bool = False,
+    token_budget: int = TOKEN_BUDGET,
+    precision: str = "float32",
+    store: ShardStore | None = None,
+    shard_samples: int = SHARD_SAMPLES,
+    advance: Callable[[int], None] | None = None,
+) -> LossTable:
+    """Mean (and per-token) losses of the samples under each weight set.
+
+    Args:
+        model: offers `token_loss`.
+        params: the parameters that the weight sets fill (from `weights.borrowed`, which also
+            restores them afterwards).
+        dataset: the corpus.
+        variants: name → weights; evaluated in this order on every batch.
+        indices: samples to evaluate (default: all).
+        per_token: keep token losses too.
+        token_budget: tokens per batch, padding included.
+        precision: `float32` (whatever the weights are), or autocast to `bfloat16`/`float16`.
+        store: shards on disk for resuming.
+        shard_samples: samples per shard.
+        advance: called with the number of samples done.
+
+    Raises:
+        ConfigError: unknown precision, or the store belongs to other inputs.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; known: {', '.join(PRECISIONS)}")
+    if token_budget < 1 or shard_samples < 1:
+        raise ConfigError("token_budget and the shard size must be at least 1")
+    chosen = np.arange(len(dataset)) if indices is None else np.unique(np.asarray(indices))
+    table = LossTable(
+        n_scored=dataset.n_scored,
+        means={name: np.full(len(dataset), np.nan) for name in variants},
+        tokens={name: {} for name in variants} if per_token else {},
+    )
+    started = time.perf_counter()
+    for number, part in enumerate(_shards(chosen, shard_samples)):
+        rows = store.read(number) if store is not None else None
+        if rows is None:
+            batches = _shard_losses(model, params, dataset, variants, part, token_budget, precision)
+            rows = _collect(batches, variants, per_token, advance)
+            if store is not None:
+                store.write(number, rows)
+        elif advance is not None:
+            advance(len(part))
+        _fill(table, rows, variants, per_token)
+    table.n_tokens = int(dataset.lengths[chosen].sum())
+    table.seconds = time.perf_counter() - started
+    return table
+
+
+def _shards(chosen: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(chosen), size):
+        yield chosen[start : start + size]
+
+
+def _shard_losses(
+    model: Grad,
+    params: Mapping[str, Tensor],
+    dataset: TokenDataset,
+    variants: Mapping[str, Weights],
+    part: np.ndarray,
+    token_budget: int,
+    precision: str,
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]]:
+    """Per batch: sample indices, token losses `[B, T]` by weight set, scored mask `[B, T]`."""
+    device = next(iter(params.values())).device
+    only = next(iter(variants)) if len(variants) == 1 else None
+    if only is not None:
+        load(params, variants[only])
+    for bucket in length_buckets(dataset, part, token_budget):
+        batch = token_batch(dataset, bucket, pad_id(model), device)
+        losses = {}
+        for name, weights in variants.items():
+            if only is None:
+                load(params, weights)
+            losses[name] = token_losses(model, batch, precision).cpu().numpy()
+        yield bucket, losses, scored_mask(batch).cpu().numpy()
+
+
+def token_losses(model: Grad, batch: TokenBatch, precision: str = "float32") -> Tensor:
+    """`[B, T]` token losses without a graph, float64 for float64 models, else float32."""
+    with torch.no_grad(), _autocast(batch.input_ids.device.type, precision):
+        values = model.token_loss(batch)
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _autocast(device: str, precision: str) -> AbstractContextManager[object]:
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device, dtype=getattr(torch, precision))
+
+
+def _collect(
+    batches: Iterator[tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]],
+    variants: Mapping[str, Weights],
+    per_token: bool,
+    advance: Callable[[int], None] | None,
+) -> dict[str, np.ndarray]:
+    """A shard as named arrays: `index`, `mean.<set>`, and flat `token.<set>` with `length`."""
+    index: list[np.ndarray] = []
+    means: dict[str, list[np.ndarray]] = {name: [] for name in variants}
+    flat: dict[str, list[np.ndarray]] = {name: [] for name in variants}
+    lengths: list[np.ndarray] = []
+    for bucket, losses, mask in batches:
+        index.append(bucket)
+        counts = np.maximum(mask.sum(axis=1), 1)
+        length = mask.sum(axis=1) + 1  # right-padded rows: the first token has no loss
+        lengths.append(length)
+        for name, values in losses.items():
+            means[name].append((values.astype(np.float64) * mask).sum(axis=1) / counts)
+            if per_token:
+                flat[name] += [
+                    np.concatenate([[np.nan], row[1:n]]).astype(np.float32)
+                    for row, n in zip(values, length, strict=True)
+                ]
+        if advance is not None:
+            advance(len(bucket))
+    empty = np.zeros(0)
+    rows = {"index": np.concatenate(index) if index else np.zeros(0, dtype=np.int64)}
+    rows["length"] = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
+    for name in variants:
+        rows[f"mean.{name}"] = np.concatenate(means[name]) if index else empty
+        if per_token:
+            rows[f"token.{name}"] = np.concatenate(flat[name]) if flat[name] else empty
+    return rows
+
+
+def _fill(
+    table: LossTable, rows: Mapping[str, np.ndarray], variants: Mapping[str, Weights], tokens: bool
+) -> None:
+    for name in variants:
+        table.means[name][rows["index"]] = rows[f"mean.{name}"]
+        if tokens:
+            pieces = np.split(rows[f"token.{name}"], np.cumsum(rows["length"])[:-1])
+            table.tokens[name].update(zip(map(int, rows["index"]), pieces, strict=False))

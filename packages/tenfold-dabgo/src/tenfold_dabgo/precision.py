@@ -1,0 +1,135 @@
+"""The noise floor: how small a score can be before rounding decides the ranking.
+
+Scores are differences of nearly equal losses. Rounding is measured, not guessed: a probe of
+samples is scored once in the usual batches and once row by row; exact arithmetic would give the
+same numbers, so the difference is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tenfold.capabilities import Grad
+from tenfold.errors import RunFailed
+from torch import Tensor
+
+from tenfold_dabgo.corpus import TokenDataset
+from tenfold_dabgo.losses import sample_losses
+from tenfold_dabgo.scores import spearman
+from tenfold_dabgo.weights import Weights
+
+PROBE_SAMPLES = 16
+SAFE_RATIO = 10.0
+"""Below this ratio of a typical score to the noise, rankings of typical samples are doubtful."""
+LOW_PRECISION_AGREEMENT = 0.98
+"""Rank correlation with single precision that a lower precision has to reach on a probe."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseReport:
+    """Noise of one score, nats/token: its root mean square `floor`, the median |score|, their
+    ratio, and the share of weights that the perturbation changed at all."""
+
+    floor: float
+    median_score: float
+    ratio: float
+    weights_moved: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As a plain dictionary."""
+        return asdict(self)
+
+    def warning(self) -> str:
+        """A sentence when rankings are doubtful, else an empty string."""
+        if self.ratio >= SAFE_RATIO:
+            return ""
+        return (
+            f"typical scores ({self.median_score:.1e}) are only {self.ratio:.1f} times the "
+            f"rounding noise ({self.floor:.1e} nats/token): use a larger step"
+        )
+
+
+def probe_indices(dataset: TokenDataset, count: int) -> np.ndarray:
+    """Evenly spaced scorable samples."""
+    usable = np.flatnonzero(dataset.scorable)
+    picks = np.linspace(0, max(len(usable) - 1, 0), min(count, len(usable)))
+    return usable[np.unique(picks.round().astype(int))] if len(usable) else usable
+
+
+def noise_floor(
+    model: Grad,
+    params: Mapping[str, Tensor],
+    dataset: TokenDataset,
+    ascent: Weights,
+    descent: Weights,
+    base: Weights,
+    scores: np.ndarray,
+    token_budget: int,
+    precision: str = "float32",
+) -> NoiseReport:
+    """Measures the noise of `scores [N]` on a probe.
+
+    Raises:
+        RunFailed: every score is zero or the same: the step is below what the number format
+            can show; names the floor.
+    """
+    probe = probe_indices(dataset, PROBE_SAMPLES)
+    variants = {"ascent": ascent, "descent": descent}
+    measured = [
+        sample_losses(
+            model, params, dataset, variants, indices=probe, token_budget=b, precision=precision
+        ).means
+        for b in (token_budget, 1)
+    ]
+    batched, single = ((m["ascent"] - m["descent"])[probe] for m in measured)
+    level = float(np.nanmean(np.abs(measured[0]["ascent"][probe])))
+    # Rounding of one token's loss, averaged over a sample: never report less than this.
+    epsilon = torch.finfo(next(iter(params.values())).dtype).eps
+    least = epsilon * level / np.sqrt(max(float(dataset.n_scored[probe].mean()), 1.0))
+    floor = max(float(np.sqrt(np.nanmean((batched - single) ** 2))), least)
+    known = scores[np.isfinite(scores)]
+    moved = _share_moved(base, ascent, descent)
+    median = float(np.median(np.abs(known))) if known.size else 0.0
+    if known.size > 1 and float(np.ptp(known)) == 0.0 and moved < 1.0:
+        raise RunFailed(
+            f"all {known.size} scores are equal ({known[0]:.3g}): the perturbation changed "
+            f"{moved:.1%} of the weights and is below the noise floor of {floor:.1e} nats/token",
+            hint="use a larger lr, for instance auto:1.0",
+        )
+    return NoiseReport(floor, median, median / floor if floor > 0 else float("inf"), moved)
+
+
+def low_precision_agrees(
+    model: Grad,
+    params: Mapping[str, Tensor],
+    dataset: TokenDataset,
+    variants: Mapping[str, Weights],
+    precision: str,
+    token_budget: int,
+    samples: int = 256,
+) -> tuple[bool, float]:
+    """Whether a lower precision ranks a probe as single precision does, and the correlation."""
+    probe = probe_indices(dataset, samples)
+    scores = []
+    for name in ("float32", precision):
+        means = sample_losses(
+            model,
+            params,
+            dataset,
+            variants,
+            indices=probe,
+            token_budget=token_budget,
+            precision=name,
+        ).means
+        scores.append((means["ascent"] - means["descent"])[probe])
+    agreement = spearman(scores[0], scores[1])
+    return bool(agreement >= LOW_PRECISION_AGREEMENT), agreement
+
+
+def _share_moved(base: Weights, ascent: Weights, descent: Weights) -> float:
+    moved = sum(int(((ascent[n] != b) | (descent[n] != b)).sum()) for n, b in base.items())
+    return moved / max(sum(b.numel() for b in base.values()), 1)

@@ -1,0 +1,167 @@
+"""Scores of one query over the corpus, and the ways to look at them.
+
+    s_i = L(z_i; theta_ascent) - L(z_i; theta_descent)          nats per token
+
+s_i > 0: learning the query lowers z_i's loss, so z_i is a *proponent* of the query; s_i < 0: an
+*opponent*. Views are computed from the stored losses:
+
+    signed   s_i                          (default)
+    abs      |s_i|                        the published ranking; mixes both kinds
+    ascent   L_ascent - L_base            one-sided; needs base losses
+    descent  L_base - L_descent
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tenfold.errors import ConfigError
+
+from tenfold_dabgo.corpus import TokenDataset
+
+VIEWS = ("signed", "abs", "ascent", "descent")
+DIRECTIONS = ("proponents", "opponents")
+UNIT = "nats/token"
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """One sample of a ranking; `rank` starts at 1."""
+
+    rank: int
+    index: int
+    sample_id: str
+    score: float
+
+
+@dataclass
+class AttributionResult:
+    """What one method says about one query.
+
+    Attributes:
+        query_id: the query.
+        method: `dabgo`, `bm25`, ...
+        dataset: the scored corpus.
+        values: `[N]` signed scores; NaN where a sample has no score.
+        losses: `ascent`, `descent` and possibly `base`: `[N]` mean token losses (methods
+            that perturb the model only).
+        exact: `[N]` bool: scored by the exact pass (False: by the linear prefilter).
+        tokens: sample index → `[T]` token scores, for samples that have them.
+        unit: of `values`; `nats/token` for DABGO.
+        details: trace, settings, noise floor, timings; JSON-able.
+    """
+
+    query_id: str
+    method: str
+    dataset: TokenDataset
+    values: np.ndarray
+    losses: dict[str, np.ndarray] = field(default_factory=dict)
+    exact: np.ndarray | None = None
+    tokens: dict[int, np.ndarray] = field(default_factory=dict)
+    unit: str = UNIT
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def scores(self, view: str = "signed") -> np.ndarray:
+        """`[N]` scores of a view; larger means more influential.
+
+        Raises:
+            ConfigError: unknown view, or a one-sided view without base losses.
+        """
+        if view not in VIEWS:
+            raise ConfigError(f"view is {view!r}; known: {', '.join(VIEWS)}")
+        if view == "signed":
+            return self.values
+        if view == "abs":
+            return np.abs(self.values)
+        missing = [name for name in ("base", view) if name not in self.losses]
+        if missing:
+            raise ConfigError(
+                f"view {view!r} needs the {' and '.join(missing)} losses, which were not computed",
+                hint="set base_losses = true (or choose view = signed)",
+            )
+        sign = 1.0 if view == "ascent" else -1.0
+        return sign * (self.losses[view] - self.losses["base"])
+
+    @property
+    def scored(self) -> np.ndarray:
+        """`[N]` bool: samples that have a score."""
+        return np.isfinite(self.values)
+
+    def topk(self, k: int, direction: str = "proponents", view: str = "signed") -> list[Ranked]:
+        """The k most influential samples, or with `opponents` the k lowest scores.
+
+        Ties go to the smaller index. Samples without a score never appear, so fewer than `k`
+        come back when the corpus is smaller. When a prefilter was used, exactly scored samples
+        come first: a first-order score never outranks an exact one.
+
+        Raises:
+            ConfigError: k < 1, unknown direction or view.
+        """
+        if k < 1:
+            raise ConfigError(f"k is {k}; it must be at least 1")
+        if direction not in DIRECTIONS:
+            raise ConfigError(f"direction is {direction!r}; known: {', '.join(DIRECTIONS)}")
+        scores = self.scores(view)
+        usable = np.isfinite(scores)
+        if self.exact is not None:
+            usable &= self.exact
+        candidates = np.flatnonzero(usable)
+        sign = -1.0 if direction == "proponents" else 1.0
+        order = candidates[np.argsort(sign * scores[candidates], kind="stable")][:k]
+        return [
+            Ranked(rank, int(i), self.dataset.sample_ids[i], float(scores[i]))
+            for rank, i in enumerate(order, start=1)
+        ]
+
+    def compare(self, other: AttributionResult, k: int = 10) -> dict[str, float]:
+        """Agreement with another result over the same corpus: Spearman correlation over the
+        samples both score, and the overlap of the top k.
+
+        Raises:
+            ConfigError: the corpora differ.
+        """
+        if self.dataset.sample_ids != other.dataset.sample_ids:
+            raise ConfigError("the two results score different corpora and cannot be compared")
+        both = self.scored & other.scored
+        mine = {r.index for r in self.topk(k)}
+        theirs = {r.index for r in other.topk(k)}
+        overlap = len(mine & theirs) / max(min(k, int(both.sum())), 1)
+        return {
+            "spearman": spearman(self.values[both], other.values[both]),
+            f"overlap@{k}": overlap,
+        }
+
+    def z_scores(self, null: np.ndarray) -> np.ndarray:
+        """`[N]` scores as standard deviations from a null: `null [M, N]` are the scores of M
+        unrelated queries for the same samples."""
+        center, spread = np.nanmean(null, axis=0), np.nanstd(null, axis=0, ddof=1)
+        return (self.values - center) / np.where(spread > 0, spread, np.nan)
+
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        """All arrays for a file, with lengths and the corpus order of sample ids."""
+        out = {"score": self.values, "n_scored": self.dataset.n_scored}
+        out |= {f"loss_{name}": values for name, values in self.losses.items()}
+        out["sample_id"] = np.asarray(self.dataset.sample_ids)
+        if self.exact is not None:
+            out["exact"] = self.exact
+        return out
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, ties get their mean rank, `[n]`."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts - 1) / 2.0)[inverse]
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rank correlation; NaN for fewer than two values or constant ones."""
+    if len(x) < 2:
+        return float("nan")
+    a, b = ranks(np.asarray(x)), ranks(np.asarray(y))
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum() / scale) if scale > 0 else float("nan")

@@ -1,0 +1,73 @@
+"""Shards of a loss pass on disk: written atomically, found again after an interruption."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tenfold.errors import ConfigError
+from tenfold.files import replacing, write_text
+
+
+@dataclass(frozen=True)
+class ShardStore:
+    """A folder of `.npz` shards that belong to one key (hash of model, corpus, settings)."""
+
+    folder: Path
+    key: str
+
+    @classmethod
+    def open(cls, folder: Path, key: str) -> ShardStore:
+        """Opens or creates the folder.
+
+        Raises:
+            ConfigError: it holds shards of another model, corpus or setting.
+        """
+        marker = folder / "key.txt"
+        if marker.is_file():
+            found = marker.read_text(encoding="utf-8").strip()
+            if found != key:
+                raise ConfigError(
+                    f"{folder} holds the losses of another model, corpus or setting "
+                    f"(key {found}, now {key})",
+                    hint="the corpus or the model changed since; delete the folder to start anew",
+                )
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(marker, key + "\n")
+        return cls(folder, key)
+
+    def path(self, number: int) -> Path:
+        """File of one shard."""
+        return self.folder / f"losses-{number:06d}.npz"
+
+    def read(self, number: int) -> dict[str, np.ndarray] | None:
+        """A finished shard, or None when it is missing or unreadable."""
+        try:
+            with np.load(self.path(number), allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except (OSError, ValueError, zipfile.BadZipFile):
+            return None
+
+    def write(self, number: int, rows: Mapping[str, np.ndarray]) -> None:
+        """Writes a shard atomically.
+
+        Raises:
+            RunFailed: the disk is full; finished shards stay and are reused.
+        """
+        write_arrays(self.path(number), rows)
+
+    def remove(self) -> None:
+        """Deletes the folder of a finished pass."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an `.npz` file atomically."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **dict[str, Any](arrays))
