@@ -181,7 +181,7 @@ def test_setting_without_a_key_is_an_error(text):
 
 
 def test_setting_below_a_value_is_an_error():
-    with pytest.raises(ConfigError, match="evaluator.x is a value, not a table"):
+    with pytest.raises(ConfigError, match=r"evaluator\.x is a value, not a table"):
         apply_settings({"evaluator": {"x": 1}}, ["evaluator.x.y=2"])
 
 

@@ -30,7 +30,7 @@ from tenfold.plan import Plan
 from tenfold.progress import Reporter
 from tenfold.records import ItemResult, Metric, WorkItem
 from tenfold.seeds import content_hash
-from tenfold.store import ItemLine, ItemWriter, RunStore
+from tenfold.store import ItemLine, ItemWriter, RunStore, key_number
 from tenfold.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -458,7 +458,7 @@ class _Feed:
     """
 
     def __init__(
-        self, items: Iterable[WorkItem], base: str, done: set[str], options: Options
+        self, items: Iterable[WorkItem], base: str, done: set[int], options: Options
     ) -> None:
         self._items = iter(items)
         self._base = base
@@ -482,10 +482,11 @@ class _Feed:
             if self._index % self._stride != self._offset:
                 continue
             key = content_hash([self._base, item.id])
-            if key in self._done:
+            number = key_number(key)
+            if number in self._done:
                 self.reused += 1
                 continue
-            self._done.add(key)  # a second item with the same id must not be recorded twice
+            self._done.add(number)  # a second item with the same id must not be recorded twice
             self.outstanding[item.id] = (self._index, key, item)
             yield item
 
