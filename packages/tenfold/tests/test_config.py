@@ -180,6 +180,14 @@ def test_setting_without_a_key_is_an_error(text):
         parse_setting(text)
 
 
+@pytest.mark.parametrize("key", ["model.x", "models.model.x"])
+@pytest.mark.parametrize("written", [{"model": {}}, {"models": {"model": {}}}])
+def test_setting_finds_the_role_model_however_it_is_written(key, written):
+    changed = apply_settings(written, [f"{key}=1"])
+    assert list(changed) == list(written)
+    assert (changed.get("model") or changed["models"]["model"]) == {"x": 1}
+
+
 def test_setting_below_a_value_is_an_error():
     with pytest.raises(ConfigError, match=r"evaluator\.x is a value, not a table"):
         apply_settings({"evaluator": {"x": 1}}, ["evaluator.x.y=2"])

@@ -69,8 +69,10 @@ class RunConfig:
         table: Table = {"schema": SCHEMA, "name": self.name, "seed": self.seed}
         optional = {
             "summary": self.summary,
-            "models": dict(self.models),
-            "datasets": dict(self.datasets),
+            "model": self.models.get("model"),
+            "models": {role: t for role, t in self.models.items() if role != "model"},
+            "dataset": self.datasets.get("dataset"),
+            "datasets": {role: t for role, t in self.datasets.items() if role != "dataset"},
             "evaluator": self.evaluator,
             "trainer": self.trainer,
             "scale": dict(self.scale),
@@ -175,6 +177,7 @@ def apply_settings(table: Table, settings: Iterable[str]) -> Table:
     """The table with `--set` options applied, in order."""
     for text in settings:
         path, value = parse_setting(text)
+        path = _as_written(table, path)
         change: Any = value
         for key in reversed(path):
             change = {key: change}
@@ -183,6 +186,17 @@ def apply_settings(table: Table, settings: Iterable[str]) -> Table:
             raise ConfigError(f"--set {text!r}: {blocking} is a value, not a table")
         table = merge(table, change)
     return table
+
+
+def _as_written(table: Mapping[str, Any], path: list[str]) -> list[str]:
+    """`model.x` and `models.model.x` are one place; the path that the table uses."""
+    for kind in ("model", "dataset"):
+        group = table.get(f"{kind}s", {})
+        if path[0] == kind and kind not in table and isinstance(group, Mapping) and kind in group:
+            return [f"{kind}s", *path]
+        if path[:2] == [f"{kind}s", kind] and kind in table:
+            return path[1:]
+    return path
 
 
 def _scalar_on_path(table: Any, path: list[str]) -> str:
