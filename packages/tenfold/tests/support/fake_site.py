@@ -66,9 +66,10 @@ class FakeSite:
 
     def environment(self, **more):
         """Variables for a process that has this folder installed, and its own cache."""
+        search = filter(None, (str(self.path), os.environ.get("PYTHONPATH")))
         return {
             **os.environ,
-            "PYTHONPATH": str(self.path),
+            "PYTHONPATH": os.pathsep.join(search),
             "PYTHONDONTWRITEBYTECODE": "1",
             "TENFOLD_CACHE": str(self.path.parent / "cache"),
             "TENFOLD_PLUGINS": ",".join(dict.fromkeys(self.names)),
