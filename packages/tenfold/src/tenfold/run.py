@@ -26,7 +26,7 @@ from tenfold.errors import (
     TenfoldError,
     TooManyFailures,
 )
-from tenfold.plan import Plan
+from tenfold.plan import Node, Plan
 from tenfold.progress import Reporter
 from tenfold.records import ItemResult, Metric, WorkItem
 from tenfold.seeds import content_hash
@@ -190,8 +190,7 @@ class _Execution:
         assert self.plan.evaluator is not None
         with self._phase("build"):
             evaluator = self.builder.build(self.plan.evaluator)
-            data = {role: self.builder.build(node) for role, node in self.plan.datasets.items()}
-            models = {role: self.builder.build(node) for role, node in self.plan.models.items()}
+            models, data = self._build_roles()
         prints = self._fingerprints(data, models)
         with self._phase("plan"):
             items = evaluator.plan(self.context, data)
@@ -202,12 +201,23 @@ class _Execution:
             return self._outcome("ok", EXIT_OK)
         return self._finish(evaluator)
 
+    def _build_roles(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Models and datasets by role.
+
+        Plain datasets come first: a missing file should be told before a model is trained.
+        """
+        plan, build = self.plan, self.builder.build
+        plain = {r: n for r, n in plan.datasets.items() if not _has_model(n)}
+        built = {role: build(node) for role, node in plain.items()}
+        models = {role: build(node) for role, node in plan.models.items()}
+        data = {r: built[r] if r in built else build(n) for r, n in plan.datasets.items()}
+        return models, data
+
     def _train(self) -> Outcome:
         assert self.plan.trainer is not None
         with self._phase("build"):
             trainer = self.builder.build(self.plan.trainer)
-            data = {role: self.builder.build(node) for role, node in self.plan.datasets.items()}
-            models = {role: self.builder.build(node) for role, node in self.plan.models.items()}
+            models, data = self._build_roles()
         self._fingerprints(data, models)
         with self._phase("train"):
             checkpoint = trainer.fit(self.context, models.get("model"), data)
@@ -510,6 +520,10 @@ class _Feed:
         index, key = self._places.pop(item.id)
         self.outstanding[item.id] = (index, key, item)
         return item
+
+
+def _has_model(node: Node) -> bool:
+    return any(child.component.kind == "model" for child in node.walk())
 
 
 def _each(items: Iterable[WorkItem], before: Callable[[], None]) -> Iterator[WorkItem]:
