@@ -19,13 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tenfold import reproducible
 from tenfold.adapters import ADAPTERS
 from tenfold.capabilities import CAPABILITIES, supports
 from tenfold.context import RunContext
 from tenfold.errors import ComponentError, RunFailed, TenfoldError
 from tenfold.files import write_json
 from tenfold.plan import Node, Plan, scalar
-from tenfold.seeds import content_hash
+from tenfold.seeds import content_hash, derive
 from tenfold.workspace import Workspace
 
 MANIFEST = "tenfold-checkpoint.json"
@@ -96,6 +97,8 @@ class Builder:
         what = f"{component.id} ({node.where})"
         factory = load_target(component.spec.target, what, component.spec.extras)
         arguments = self._arguments(node)
+        config = self.plan.config
+        reproducible.settle(config.reproducibility, derive(config.seed, node.key()))
         if node.train is not None:
             arguments["checkpoint"] = str(self._train(node).path)
         try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -14,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenfold import facts
+from tenfold import facts, reproducible
 from tenfold.build import Builder, quiet_libraries, vars_of
-from tenfold.config import RunConfig
 from tenfold.context import RunContext, resolve_device
 from tenfold.errors import (
     EXIT_INTERRUPTED,
@@ -153,7 +150,7 @@ class _Execution:
     def execute(self) -> Outcome:
         quiet_libraries()
         self.context.work_dir.mkdir(parents=True, exist_ok=True)
-        _apply_reproducibility(self.plan.config)
+        reproducible.prepare(self.plan.config.reproducibility)
         self._begin()
         try:
             with _terminate_as_interrupt():
@@ -556,16 +553,6 @@ def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], path: Pa
 def _fingerprint(component: Any, *arguments: Any) -> str | None:
     method = getattr(component, "fingerprint", None)
     return method(*arguments) if callable(method) else None
-
-
-def _apply_reproducibility(config: RunConfig) -> None:
-    """Thread count, where the run asks for one and torch is about to be used."""
-    threads = config.reproducibility["threads"]
-    if threads:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch = sys.modules.get("torch")
-        if torch is not None:
-            torch.set_num_threads(threads)
 
 
 def _now() -> str:
