@@ -6,7 +6,6 @@ import os
 import random
 
 import pytest
-
 from tenfold import reproducible
 
 SETTINGS = {"threads": 1, "deterministic": True}
