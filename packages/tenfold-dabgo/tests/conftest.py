@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tenfold.capabilities import StepOutput, TokenBatch
-from tenfold_dabgo.batches import scored_mask
+from tenfold.lm.batching import scored_positions
 from tenfold_dabgo.corpus import TokenDataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -40,7 +40,7 @@ class TinyLM:
             batch.input_ids[:, 1:].reshape(-1),
             reduction="none",
         ).reshape(len(logits), -1)
-        return F.pad(nll, (1, 0)) * scored_mask(batch)
+        return F.pad(nll, (1, 0)) * scored_positions(batch)
 
     def module(self):
         return self.model

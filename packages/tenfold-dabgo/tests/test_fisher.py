@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from tenfold.errors import CapabilityError, ConfigError
+from tenfold.lm.batching import scored_positions
 from tenfold.records import Completion
-from tenfold_dabgo.batches import sample_means, scored_mask, token_batch
+from tenfold_dabgo.batches import sample_means, token_batch
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.fisher import FisherDiagonal, FisherFacts
 from tenfold_dabgo.fisher_estimate import draw_texts, estimate_fisher
@@ -250,7 +251,7 @@ def test_a_corpus_without_scorable_samples_has_no_fisher(make):
 
 def test_scored_positions_need_a_real_token_before_them(make):
     dataset = TokenDataset.from_ids([[1, 2, 3], [4, 5]])
-    assert scored_mask(token_batch(dataset, [0, 1], 0)).tolist() == [
+    assert scored_positions(token_batch(dataset, [0, 1], 0)).tolist() == [
         [False, True, True],
         [False, True, False],
     ]

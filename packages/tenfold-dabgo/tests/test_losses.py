@@ -7,16 +7,15 @@ import pytest
 import torch
 from tenfold.errors import ConfigError
 from tenfold_dabgo.corpus import TokenDataset
-from tenfold_dabgo.losses import sample_losses
+from tenfold_dabgo.losses import LossPass
 from tenfold_dabgo.shards import ShardStore
 from tenfold_dabgo.weights import borrowed, copy_of
 
 
-def run(model, dataset, variants=None, **options):
+def run(model, dataset, variants=None, token_budget=8192, precision="float32", **options):
     with borrowed(model, grad=False) as params:
-        return sample_losses(
-            model, params, dataset, variants or {"base": copy_of(params)}, **options
-        )
+        variants = variants or {"base": copy_of(params)}
+        return LossPass(model, params, dataset, variants, token_budget, precision).run(**options)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])

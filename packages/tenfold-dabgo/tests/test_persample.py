@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tenfold.capabilities import TokenBatch
-from tenfold_dabgo.batches import sample_means, scored_mask, single_row, token_batch
+from tenfold.lm.batching import scored_positions
+from tenfold_dabgo.batches import sample_means, single_row, token_batch
 from tenfold_dabgo.persample import PerSampleGradients
 from tenfold_dabgo.weights import borrowed
 
@@ -51,7 +52,7 @@ def test_sum_reduction_is_the_mean_times_the_scored_tokens(make):
     batch = token_batch(make.corpus(4), range(4), 0)
     mean_losses, mean, _ = collect(model, batch, "capture")
     sum_losses, total, _ = collect(model, batch, "capture", "sum")
-    counts = scored_mask(batch).sum(1)
+    counts = scored_positions(batch).sum(1)
     torch.testing.assert_close(sum_losses, mean_losses * counts)
     name = "transformer.h.0.attn.c_attn.weight"
     torch.testing.assert_close(total[name], mean[name] * counts[:, None, None])
@@ -66,7 +67,7 @@ def test_head_over_flattened_rows_is_attributed_to_the_right_samples(make, flatt
         hidden = model.model.transformer(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask
         ).last_hidden_state
-        mask, head = scored_mask(batch), model.model.lm_head.weight
+        mask, head = scored_positions(batch), model.model.lm_head.weight
         out = torch.zeros(mask.shape, dtype=torch.float64)
         states, targets = hidden[:, :-1], batch.input_ids[:, 1:]
         if flatten == "all":
@@ -128,7 +129,7 @@ def test_genuine_pad_tokens_inside_a_text_count(make):
     model = make.gpt2(dtype=torch.float64)
     ids = torch.tensor([[5, 0, 7, 0], [3, 4, 0, 0]])
     batch = TokenBatch(ids, torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
-    assert scored_mask(batch).sum(1).tolist() == [3, 2]
+    assert scored_positions(batch).sum(1).tolist() == [3, 2]
     expected = brute(model, batch)
     _, got, _ = collect(model, batch, "capture")
     torch.testing.assert_close(got["transformer.wte.weight"], expected["transformer.wte.weight"])

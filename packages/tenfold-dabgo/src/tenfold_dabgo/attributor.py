@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,11 +28,11 @@ from tenfold_dabgo.divergence import kl_to_now
 from tenfold_dabgo.fisher import FisherDiagonal
 from tenfold_dabgo.granularity import token_scores
 from tenfold_dabgo.linear import QUERY_BLOCK, linear_scores
-from tenfold_dabgo.losses import LossTable, sample_losses
+from tenfold_dabgo.losses import SHARD_SAMPLES, LossPass, LossTable
 from tenfold_dabgo.perturb import Perturbation, Perturbed, gradient, perturb_both
 from tenfold_dabgo.precision import low_precision_agrees, noise_floor
 from tenfold_dabgo.queries import Query
-from tenfold_dabgo.scores import AttributionResult
+from tenfold_dabgo.scores import DIRECTIONS, AttributionResult
 from tenfold_dabgo.shards import ShardStore
 from tenfold_dabgo.weights import Weights, borrowed, copy_of, device_of, fingerprint
 
@@ -74,7 +74,8 @@ class BidirectionalAttributor:
         all_tokens: keep token scores of every sample.
         token_budget, precision: of the loss pass.
         seed: of the prefilter's random check.
-        work_dir: folder for shards of unfinished passes.
+        work_dir: folder for shards of unfinished passes, of `shard_samples` samples each.
+        model_hash: the model's fingerprint, when it is known already.
         progress: progress bars.
     """
 
@@ -90,19 +91,21 @@ class BidirectionalAttributor:
     precision: str = "float32"
     seed: int = 0
     work_dir: Path | None = None
+    shard_samples: int = SHARD_SAMPLES
     progress: Progress = no_progress
+    model_hash: str = ""
     _base: np.ndarray | None = field(default=None, init=False, repr=False)
 
     def attribute(self, queries: Iterable[Query]) -> Iterator[AttributionResult]:
         """One result per query, in order; the weights are untouched between results."""
         if self.prefilter is None:
             for query in queries:
-                yield self._one(query, None)
+                yield self.score(query)
             return
-        for block in _blocks(queries, QUERY_BLOCK):
+        for block in blocks(queries, QUERY_BLOCK):
             linear = self.first_order(block)
             for query, scores in zip(block, linear, strict=True):
-                yield self._one(query, scores)
+                yield self.score(query, scores)
 
     def first_order(self, queries: Sequence[Query]) -> np.ndarray:
         """`[Q, N]` inner products `<g_i, Pi g_x>`, all queries in one pass."""
@@ -120,28 +123,22 @@ class BidirectionalAttributor:
 
     def _direction(self, params: Mapping[str, nn.Parameter], query: Query) -> Weights:
         """v = Pi g_x."""
-        v = gradient(params, self._loss(query)())
+        v = gradient(params, query_loss(self.model, query)())
         if self.fisher is not None and self.perturbation.method == "natural_gradient":
             scale, _ = self.fisher.precondition(params, self.perturbation.damping)
             v = {name: value * scale[name].to(value.dtype) for name, value in v.items()}
         return v
 
-    def _loss(self, query: Query) -> Callable[[], Tensor]:
-        batch = query.batch(device_of(self.model))
-        return lambda: sample_means(self.model.token_loss(batch), batch)[0]
-
     def perturb(self, query: Query) -> Perturbed:
         """Both directions for one query (inspection; the model stays as it is)."""
-        perturbation = self.perturbation
-        train_mode = perturbation.dropout
-        with borrowed(self.model, perturbation.params, train_mode=train_mode) as params:
+        with borrowed(self.model, self.perturbation.params) as params:
             return self._perturb(params, query)
 
     def _perturb(self, params: Mapping[str, nn.Parameter], query: Query) -> Perturbed:
         self.model.module().train(self.perturbation.dropout)
         result = perturb_both(
             params,
-            self._loss(query),
+            query_loss(self.model, query),
             self.perturbation,
             self.fisher,
             len(self.dataset),
@@ -150,45 +147,30 @@ class BidirectionalAttributor:
         self.model.module().eval()
         return result
 
-    def _one(self, query: Query, linear: np.ndarray | None) -> AttributionResult:
+    def score(self, query: Query, linear: np.ndarray | None = None) -> AttributionResult:
+        """The result of one query; `linear` are its `[N]` first-order scores for a prefilter."""
         started = time.perf_counter()
         with borrowed(self.model, self.perturbation.params) as params:
             base = copy_of(params)
             moved = self._perturb(params, query)
-            perturbed_at = time.perf_counter()
-            variants = {"ascent": moved.ascent, "descent": moved.descent}
+            seconds = {"perturb": time.perf_counter() - started}
             warnings = list(moved.warnings)
-            precision = self._precision(params, variants, warnings)
+            passes = self._passes(params, moved, warnings)
             picked = None
             if linear is not None and self.prefilter is not None:
                 picked = pre.candidates(linear, self.prefilter, self.seed, max(self.token_top, 1))
-            table = self._pass(params, query, variants, precision, picked)
+            table = self._corpus_pass(passes, query, picked)
             values = table.means["ascent"] - table.means["descent"]
-            noise = noise_floor(
-                self.model,
-                params,
-                self.dataset,
-                moved.ascent,
-                moved.descent,
-                base,
-                values,
-                self.token_budget,
-                precision,
-            )
-            if noise.warning():
-                warnings.append(noise.warning())
-            result = AttributionResult(
-                query.id, "dabgo", self.dataset, values, losses=dict(table.means)
-            )
+            noise = noise_floor(passes, base, values)
+            warnings += [noise.warning()] if noise.warning() else []
+            result = AttributionResult(query.id, "dabgo", self.dataset, values, dict(table.means))
             if picked is not None and linear is not None:
                 predicted = 2 * moved.step_size * self.perturbation.steps * linear
-                report = pre.report(linear, values, picked, max(self.token_top, 10))
-                result.details["prefilter"] = report.to_json()
-                result.exact = np.isfinite(values)
-                result.values = np.where(result.exact, values, predicted)
+                self._fill_in(result, picked, linear, predicted)
             if self.base_losses:
                 result.losses["base"] = self._base_losses(params, base)
-            self._add_tokens(result, table, params, variants, precision)
+            result.tokens = self._token_scores(result, table, passes)
+        seconds |= {"pass": table.seconds, "total": time.perf_counter() - started}
         result.details |= {
             "trace": {
                 "ascent": [asdict(step) for step in moved.ascent_trace],
@@ -199,52 +181,72 @@ class BidirectionalAttributor:
             "damping": moved.damping,
             "backtracks": moved.backtracks,
             "noise": noise.to_json(),
-            "precision": precision,
+            "precision": passes.precision,
             "warnings": [*warnings, *(self.fisher.warnings if self.fisher else [])],
-            "seconds": {
-                "perturb": perturbed_at - started,
-                "pass": table.seconds,
-                "total": time.perf_counter() - started,
-            },
+            "seconds": seconds,
             "tokens_per_second": 2 * table.n_tokens / max(table.seconds, 1e-9),
         }
         return result
 
-    def _pass(
-        self,
-        params: Mapping[str, nn.Parameter],
-        query: Query,
-        variants: Mapping[str, Weights],
-        precision: str,
-        picked: pre.Candidates | None,
+    def _passes(
+        self, params: Mapping[str, Tensor], moved: Perturbed, warnings: list[str]
+    ) -> LossPass:
+        """The pass over both directions; in a lower precision only if a probe ranks the same."""
+        variants = {"ascent": moved.ascent, "descent": moved.descent}
+        passes = LossPass(
+            self.model, params, self.dataset, variants, self.token_budget, self.precision
+        )
+        if self.precision == "float32":
+            return passes
+        agrees, agreement = low_precision_agrees(passes, self.precision)
+        if agrees:
+            return passes
+        warnings.append(
+            f"{self.precision} ranks a probe differently (Spearman {agreement:.2f}): "
+            "the pass ran in float32"
+        )
+        return replace(passes, precision="float32")
+
+    def _corpus_pass(
+        self, passes: LossPass, query: Query, picked: pre.Candidates | None
     ) -> LossTable:
-        """The exact loss pass over the corpus or the candidates."""
+        """The exact pass over the corpus or the candidates."""
         chosen = picked.chosen if picked is not None else np.arange(len(self.dataset))
-        store = self._store(query, chosen, precision)
+        store = self._store(query, chosen, passes.precision)
         with self.progress(f"losses for {query.id}", len(chosen), "samples") as bar:
-            table = sample_losses(
-                self.model,
-                params,
-                self.dataset,
-                variants,
-                indices=chosen,
+            table = passes.run(
+                chosen,
                 per_token=self.all_tokens,
-                token_budget=self.token_budget,
-                precision=precision,
                 store=store,
+                shard_samples=self.shard_samples,
                 advance=bar.advance,
             )
         if store is not None:
             store.remove()
         return table
 
+    def _fill_in(
+        self,
+        result: AttributionResult,
+        picked: pre.Candidates,
+        linear: np.ndarray,
+        predicted: np.ndarray,
+    ) -> None:
+        """Gives samples outside the candidates their first-order score."""
+        exact = result.values
+        report = pre.report(linear, exact, picked, max(self.token_top, 10))
+        result.details["prefilter"] = report.to_json()
+        result.exact = np.isfinite(exact)
+        result.values = np.where(result.exact, exact, predicted)
+
     def _store(self, query: Query, chosen: np.ndarray, precision: str) -> ShardStore | None:
         if self.work_dir is None:
             return None
+        self.model_hash = self.model_hash or fingerprint(self.model)
         facts = asdict(self.fisher.facts) if self.fisher is not None else None
         key = content_hash(
             {
-                "model": fingerprint(self.model),
+                "model": self.model_hash,
                 "corpus": self.dataset.content_hash(),
                 "query": [query.prompt_ids, query.completion_ids, query.span],
                 "perturbation": self.perturbation.to_json(),
@@ -255,64 +257,38 @@ class BidirectionalAttributor:
         )
         return ShardStore.open(self.work_dir / "losses" / content_hash(query.id), key)
 
-    def _precision(
-        self, params: Mapping[str, Tensor], variants: Mapping[str, Weights], warnings: list[str]
-    ) -> str:
-        """The precision of the pass: a lower one only when a probe ranks the same way."""
-        if self.precision == "float32":
-            return self.precision
-        agrees, agreement = low_precision_agrees(
-            self.model, params, self.dataset, variants, self.precision, self.token_budget
-        )
-        if agrees:
-            return self.precision
-        warnings.append(
-            f"{self.precision} ranks a probe differently (Spearman {agreement:.2f}): "
-            "the pass ran in float32"
-        )
-        return "float32"
-
     def _base_losses(self, params: Mapping[str, Tensor], base: Weights) -> np.ndarray:
         """`[N]` losses at theta_0, computed once."""
         if self._base is None:
-            table = sample_losses(
-                self.model, params, self.dataset, {"base": base}, token_budget=self.token_budget
-            )
-            self._base = table.means["base"]
+            passes = LossPass(self.model, params, self.dataset, {"base": base}, self.token_budget)
+            self._base = passes.run().means["base"]
         return self._base
 
-    def _add_tokens(
-        self,
-        result: AttributionResult,
-        table: LossTable,
-        params: Mapping[str, Tensor],
-        variants: Mapping[str, Weights],
-        precision: str,
-    ) -> None:
+    def _token_scores(
+        self, result: AttributionResult, table: LossTable, passes: LossPass
+    ) -> dict[int, np.ndarray]:
         """Token scores of all samples, or of the two ends of the ranking."""
         tokens = table.tokens
         if not self.all_tokens:
             if self.token_top < 1:
-                return
+                return {}
             ends = {
                 row.index
-                for direction in ("proponents", "opponents")
+                for direction in DIRECTIONS
                 for row in result.topk(self.token_top, direction)
             }
-            tokens = sample_losses(
-                self.model,
-                params,
-                self.dataset,
-                variants,
-                indices=sorted(ends),
-                per_token=True,
-                token_budget=self.token_budget,
-                precision=precision,
-            ).tokens
-        result.tokens = token_scores(tokens["ascent"], tokens["descent"])
+            tokens = passes.run(sorted(ends), per_token=True).tokens
+        return token_scores(tokens["ascent"], tokens["descent"])
 
 
-def _blocks(queries: Iterable[Query], size: int) -> Iterator[list[Query]]:
+def query_loss(model: Grad, query: Query) -> Callable[[], Tensor]:
+    """L_x at the model's current weights: mean loss of the scored completion tokens, a scalar."""
+    batch = query.batch(device_of(model))
+    return lambda: sample_means(model.token_loss(batch), batch)[0]
+
+
+def blocks(queries: Iterable[Query], size: int) -> Iterator[list[Query]]:
+    """Queries in lists of at most `size`."""
     block: list[Query] = []
     for query in queries:
         block.append(query)

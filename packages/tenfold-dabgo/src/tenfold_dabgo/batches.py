@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from tenfold.capabilities import TokenBatch
+from tenfold.lm import batching
+from tenfold.lm.batching import scored_positions
 from torch import Tensor
 
 from tenfold_dabgo.corpus import TokenDataset
@@ -17,43 +19,22 @@ def length_buckets(
 ) -> list[np.ndarray]:
     """Groups samples of similar length so that padded size stays within the budget.
 
-    Sorted by length (ties by index), so the grouping depends only on the set of samples. A
-    sample longer than the budget gets a batch of its own. Samples without a score are left
-    out.
+    The grouping depends only on the set of samples. Samples without a score are left out.
     """
     chosen = np.unique(np.asarray(indices, dtype=np.int64))
-    lengths = dataset.lengths[chosen]
-    chosen = chosen[lengths >= 2]
-    order = chosen[np.argsort(dataset.lengths[chosen], kind="stable")[::-1]]
-    buckets, start = [], 0
-    while start < len(order):
-        rows = max(1, token_budget // int(dataset.lengths[order[start]]))
-        buckets.append(order[start : start + rows])
-        start += rows
-    return buckets
+    chosen = chosen[dataset.scorable[chosen]]
+    return [chosen[b] for b in batching.length_buckets(dataset.lengths[chosen], token_budget)]
 
 
 def token_batch(
     dataset: TokenDataset,
-    indices: Sequence[int] | np.ndarray,
+    indices: Iterable[int] | np.ndarray,
     pad_id: int,
     device: torch.device | str = "cpu",
 ) -> TokenBatch:
-    """The samples as one right-padded batch; every token after the first is scored.
-
-    Masks come from lengths, never from ids: a genuine end-of-sequence token counts even when
-    it doubles as padding.
-    """
-    rows = [dataset.ids(int(i)) for i in indices]
-    width = max(len(row) for row in rows)
-    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    for r, row in enumerate(rows):
-        ids[r, : len(row)] = row
-        mask[r, : len(row)] = 1
-    return TokenBatch(
-        torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device), loss_mask=None
-    )
+    """The samples as one right-padded batch; every token after the first is scored."""
+    rows = [dataset.ids(int(i)).tolist() for i in indices]
+    return batching.pad_batch(rows, pad_id, device=device)
 
 
 def pad_id(model: object) -> int:
@@ -61,20 +42,12 @@ def pad_id(model: object) -> int:
     return int(getattr(model, "pad_id", 0))
 
 
-def scored_mask(batch: TokenBatch) -> Tensor:
-    """`[B, T]` bool: positions with a loss (a real token before them, and asked for)."""
-    real = batch.attention_mask.bool()
-    mask = torch.zeros_like(real)
-    mask[:, 1:] = real[:, 1:] & real[:, :-1]
-    return mask if batch.loss_mask is None else mask & batch.loss_mask.bool()
-
-
 def sample_means(token_loss: Tensor, batch: TokenBatch, reduction: str = "mean") -> Tensor:
     """`[B]` loss per sample: the mean over its scored tokens (at least 1), or the sum."""
     total = token_loss.sum(dim=1)
     if reduction == "sum":
         return total
-    return total / scored_mask(batch).sum(dim=1).clamp_min(1)
+    return total / scored_positions(batch).sum(dim=1).clamp_min(1)
 
 
 def single_row(batch: TokenBatch, row: int) -> TokenBatch:

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from tenfold.capabilities import Grad, TokenBatch, supports
 from tenfold.errors import CapabilityError, ConfigError
+from tenfold.lm.batching import scored_positions
 from tenfold.records import GenerationConfig
 from tenfold.seeds import derive
 from torch import Tensor
 
-from tenfold_dabgo.batches import length_buckets, pad_id, scored_mask, token_batch
+from tenfold_dabgo.batches import length_buckets, pad_id, token_batch
 from tenfold_dabgo.capture import Unsupported, Use
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.fisher import FisherDiagonal, FisherFacts, identity_fisher
@@ -96,7 +97,7 @@ def estimate_fisher(
             batch = token_batch(texts, bucket, pad_id(model), device_of(model))
             add(gradients, batch, totals)
             partial.n_samples += len(bucket)
-            partial.n_tokens += int(scored_mask(batch).sum())
+            partial.n_tokens += int(scored_positions(batch).sum())
             partial.batches_done = number + 1
             if partial.batches_done % SAVE_EVERY == 0:
                 partial.save()

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from tenfold.capabilities import Grad, TokenBatch
 from tenfold.errors import ConfigError
+from tenfold.lm.batching import scored_positions
 from torch import Tensor
 
-from tenfold_dabgo.batches import length_buckets, pad_id, scored_mask, token_batch
+from tenfold_dabgo.batches import length_buckets, pad_id, token_batch
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.shards import ShardStore
 from tenfold_dabgo.weights import Weights, load
@@ -48,92 +49,94 @@ class LossTable:
     seconds: float = 0.0
 
 
-def sample_losses(
-    model: Grad,
-    params: Mapping[str, Tensor],
-    dataset: TokenDataset,
-    variants: Mapping[str, Weights],
-    *,
-    indices: Sequence[int] | np.ndarray | None = None,
-    per_token: bool = False,
-    token_budget: int = TOKEN_BUDGET,
-    precision: str = "float32",
-    store: ShardStore | None = None,
-    shard_samples: int = SHARD_SAMPLES,
-    advance: Callable[[int], None] | None = None,
-) -> LossTable:
-    """Mean (and per-token) losses of the samples under each weight set.
+@dataclass(frozen=True)
+class LossPass:
+    """What is evaluated, and how: the corpus under named weight sets.
 
-    Args:
+    Attributes:
         model: offers `token_loss`.
         params: the parameters that the weight sets fill (from `weights.borrowed`, which also
             restores them afterwards).
         dataset: the corpus.
         variants: name → weights; evaluated in this order on every batch.
-        indices: samples to evaluate (default: all).
-        per_token: keep token losses too.
         token_budget: tokens per batch, padding included.
         precision: `float32` (whatever the weights are), or autocast to `bfloat16`/`float16`.
-        store: shards on disk for resuming.
-        shard_samples: samples per shard.
-        advance: called with the number of samples done.
 
     Raises:
-        ConfigError: unknown precision, or the store belongs to other inputs.
+        ConfigError: unknown precision, or a budget below 1.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision is {precision!r}; known: {', '.join(PRECISIONS)}")
-    if token_budget < 1 or shard_samples < 1:
-        raise ConfigError("token_budget and the shard size must be at least 1")
-    chosen = np.arange(len(dataset)) if indices is None else np.unique(np.asarray(indices))
-    table = LossTable(
-        n_scored=dataset.n_scored,
-        means={name: np.full(len(dataset), np.nan) for name in variants},
-        tokens={name: {} for name in variants} if per_token else {},
-    )
-    started = time.perf_counter()
-    for number, part in enumerate(_shards(chosen, shard_samples)):
-        rows = store.read(number) if store is not None else None
-        if rows is None:
-            batches = _shard_losses(model, params, dataset, variants, part, token_budget, precision)
-            rows = _collect(batches, variants, per_token, advance)
-            if store is not None:
-                store.write(number, rows)
-        elif advance is not None:
-            advance(len(part))
-        _fill(table, rows, variants, per_token)
-    table.n_tokens = int(dataset.lengths[chosen].sum())
-    table.seconds = time.perf_counter() - started
-    return table
+
+    model: Grad
+    params: Mapping[str, Tensor]
+    dataset: TokenDataset
+    variants: Mapping[str, Weights]
+    token_budget: int = TOKEN_BUDGET
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            raise ConfigError(f"precision is {self.precision!r}; known: {known}")
+        if self.token_budget < 1:
+            raise ConfigError(f"token_budget is {self.token_budget}; it must be at least 1")
+
+    def run(
+        self,
+        indices: Sequence[int] | np.ndarray | None = None,
+        *,
+        per_token: bool = False,
+        store: ShardStore | None = None,
+        shard_samples: int = SHARD_SAMPLES,
+        advance: Callable[[int], None] | None = None,
+    ) -> LossTable:
+        """Mean (and per-token) losses of the samples under each weight set.
+
+        Args:
+            indices: samples to evaluate (default: all).
+            per_token: keep token losses too.
+            store: shards on disk for resuming.
+            shard_samples: samples per shard.
+            advance: called with the number of samples done.
+        """
+        n = len(self.dataset)
+        chosen = np.arange(n) if indices is None else np.unique(np.asarray(indices))
+        table = LossTable(
+            n_scored=self.dataset.n_scored,
+            means={name: np.full(n, np.nan) for name in self.variants},
+            tokens={name: {} for name in self.variants} if per_token else {},
+        )
+        started = time.perf_counter()
+        for number, start in enumerate(range(0, len(chosen), shard_samples)):
+            part = chosen[start : start + shard_samples]
+            rows = store.read(number) if store is not None else None
+            if rows is None:
+                rows = _collect(self._batches(part), self.variants, per_token, advance)
+                if store is not None:
+                    store.write(number, rows)
+            elif advance is not None:
+                advance(len(part))
+            _fill(table, rows, self.variants, per_token)
+        table.n_tokens = int(self.dataset.lengths[chosen].sum())
+        table.seconds = time.perf_counter() - started
+        return table
+
+    def _batches(self, part: np.ndarray) -> Iterator[Batch]:
+        device = next(iter(self.params.values())).device
+        only = next(iter(self.variants.values())) if len(self.variants) == 1 else None
+        if only is not None:
+            load(self.params, only)
+        for bucket in length_buckets(self.dataset, part, self.token_budget):
+            batch = token_batch(self.dataset, bucket, pad_id(self.model), device)
+            losses = {}
+            for name, weights in self.variants.items():
+                if only is None:
+                    load(self.params, weights)
+                losses[name] = token_losses(self.model, batch, self.precision).cpu().numpy()
+            yield bucket, losses, scored_positions(batch).cpu().numpy()
 
 
-def _shards(chosen: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(chosen), size):
-        yield chosen[start : start + size]
-
-
-def _shard_losses(
-    model: Grad,
-    params: Mapping[str, Tensor],
-    dataset: TokenDataset,
-    variants: Mapping[str, Weights],
-    part: np.ndarray,
-    token_budget: int,
-    precision: str,
-) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]]:
-    """Per batch: sample indices, token losses `[B, T]` by weight set, scored mask `[B, T]`."""
-    device = next(iter(params.values())).device
-    only = next(iter(variants)) if len(variants) == 1 else None
-    if only is not None:
-        load(params, variants[only])
-    for bucket in length_buckets(dataset, part, token_budget):
-        batch = token_batch(dataset, bucket, pad_id(model), device)
-        losses = {}
-        for name, weights in variants.items():
-            if only is None:
-                load(params, weights)
-            losses[name] = token_losses(model, batch, precision).cpu().numpy()
-        yield bucket, losses, scored_mask(batch).cpu().numpy()
+Batch = tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]
+"""Sample indices `[B]`, token losses `[B, T]` by weight set, scored mask `[B, T]`."""
 
 
 def token_losses(model: Grad, batch: TokenBatch, precision: str = "float32") -> Tensor:
@@ -150,7 +153,7 @@ def _autocast(device: str, precision: str) -> AbstractContextManager[object]:
 
 
 def _collect(
-    batches: Iterator[tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]],
+    batches: Iterator[Batch],
     variants: Mapping[str, Weights],
     per_token: bool,
     advance: Callable[[int], None] | None,

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from tenfold.capabilities import Grad, TokenBatch
 from tenfold.errors import ConfigError
+from tenfold.lm.batching import scored_positions
 from torch import Tensor, nn
 
-from tenfold_dabgo.batches import sample_means, scored_mask, single_row
+from tenfold_dabgo.batches import sample_means, single_row
 from tenfold_dabgo.capture import Capture, Unsupported, Use
 
 Consume = Callable[[str, int, Tensor], None]
@@ -216,7 +217,7 @@ def _split_by_mask(
     a: Tensor | None, delta: Tensor, batch: TokenBatch
 ) -> tuple[Tensor | None, Tensor]:
     """Rows of the scored positions only (in row-major order), padded to `[B, T, ...]`."""
-    mask = scored_mask(batch)
+    mask = scored_positions(batch)
     total = int(mask.sum())
     if total == 0 or len(delta) % total:
         raise Unsupported(f"{len(delta)} flattened rows, {total} scored tokens")

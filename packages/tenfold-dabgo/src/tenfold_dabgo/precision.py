@@ -7,22 +7,20 @@ same numbers, so the difference is noise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from tenfold.capabilities import Grad
 from tenfold.errors import RunFailed
-from torch import Tensor
 
 from tenfold_dabgo.corpus import TokenDataset
-from tenfold_dabgo.losses import sample_losses
+from tenfold_dabgo.losses import LossPass
 from tenfold_dabgo.scores import spearman
 from tenfold_dabgo.weights import Weights
 
 PROBE_SAMPLES = 16
+LOW_PRECISION_PROBE = 256
 SAFE_RATIO = 10.0
 """Below this ratio of a typical score to the noise, rankings of typical samples are doubtful."""
 LOW_PRECISION_AGREEMENT = 0.98
@@ -60,39 +58,25 @@ def probe_indices(dataset: TokenDataset, count: int) -> np.ndarray:
     return usable[np.unique(picks.round().astype(int))] if len(usable) else usable
 
 
-def noise_floor(
-    model: Grad,
-    params: Mapping[str, Tensor],
-    dataset: TokenDataset,
-    ascent: Weights,
-    descent: Weights,
-    base: Weights,
-    scores: np.ndarray,
-    token_budget: int,
-    precision: str = "float32",
-) -> NoiseReport:
-    """Measures the noise of `scores [N]` on a probe.
+def noise_floor(passes: LossPass, base: Weights, scores: np.ndarray) -> NoiseReport:
+    """Measures the noise of `scores [N]`, the differences of a pass's two weight sets.
 
     Raises:
         RunFailed: every score is zero or the same: the step is below what the number format
             can show; names the floor.
     """
+    dataset = passes.dataset
     probe = probe_indices(dataset, PROBE_SAMPLES)
-    variants = {"ascent": ascent, "descent": descent}
-    measured = [
-        sample_losses(
-            model, params, dataset, variants, indices=probe, token_budget=b, precision=precision
-        ).means
-        for b in (token_budget, 1)
-    ]
-    batched, single = ((m["ascent"] - m["descent"])[probe] for m in measured)
-    level = float(np.nanmean(np.abs(measured[0]["ascent"][probe])))
+    batched = passes.run(probe).means
+    single = replace(passes, token_budget=1).run(probe).means
+    differences = [(m["ascent"] - m["descent"])[probe] for m in (batched, single)]
+    level = float(np.nanmean(np.abs(batched["ascent"][probe])))
     # Rounding of one token's loss, averaged over a sample: never report less than this.
-    epsilon = torch.finfo(next(iter(params.values())).dtype).eps
+    epsilon = torch.finfo(next(iter(passes.params.values())).dtype).eps
     least = epsilon * level / np.sqrt(max(float(dataset.n_scored[probe].mean()), 1.0))
-    floor = max(float(np.sqrt(np.nanmean((batched - single) ** 2))), least)
+    floor = max(float(np.sqrt(np.nanmean((differences[0] - differences[1]) ** 2))), least)
     known = scores[np.isfinite(scores)]
-    moved = _share_moved(base, ascent, descent)
+    moved = _share_moved(base, passes.variants["ascent"], passes.variants["descent"])
     median = float(np.median(np.abs(known))) if known.size else 0.0
     if known.size > 1 and float(np.ptp(known)) == 0.0 and moved < 1.0:
         raise RunFailed(
@@ -103,28 +87,12 @@ def noise_floor(
     return NoiseReport(floor, median, median / floor if floor > 0 else float("inf"), moved)
 
 
-def low_precision_agrees(
-    model: Grad,
-    params: Mapping[str, Tensor],
-    dataset: TokenDataset,
-    variants: Mapping[str, Weights],
-    precision: str,
-    token_budget: int,
-    samples: int = 256,
-) -> tuple[bool, float]:
+def low_precision_agrees(passes: LossPass, precision: str) -> tuple[bool, float]:
     """Whether a lower precision ranks a probe as single precision does, and the correlation."""
-    probe = probe_indices(dataset, samples)
+    probe = probe_indices(passes.dataset, LOW_PRECISION_PROBE)
     scores = []
     for name in ("float32", precision):
-        means = sample_losses(
-            model,
-            params,
-            dataset,
-            variants,
-            indices=probe,
-            token_budget=token_budget,
-            precision=name,
-        ).means
+        means = replace(passes, precision=name).run(probe).means
         scores.append((means["ascent"] - means["descent"])[probe])
     agreement = spearman(scores[0], scores[1])
     return bool(agreement >= LOW_PRECISION_AGREEMENT), agreement
