@@ -1,0 +1,135 @@
+"""The geometry of one segment run: which positions of which rows are computed together.
+
+A block is flat: the tokens of its rows one after the other, each row's positions consecutive
+and starting at the row's frontier. Linear layers work on the flat tokens, so rows of different
+widths need no padding; only attention sees a padded `[b, w]` grid.
+
+Shapes: `n` tokens of the block, `b` rows, `w` widest row, `S` keys, `B` rows of the cache.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Block:
+    """Positions `starts[i] .. starts[i] + widths[i] - 1` of cache row `rows[i]`, for each i.
+
+    Args:
+        rows: cache rows, ascending.
+        starts, widths: first position and number of positions per row.
+        cache_rows: number of rows B of the cache.
+        device: where index tensors live.
+    """
+
+    def __init__(
+        self,
+        rows: np.ndarray,
+        starts: np.ndarray,
+        widths: np.ndarray,
+        cache_rows: int,
+        device: torch.device,
+    ) -> None:
+        self.rows, self.starts, self.widths = rows, starts, widths
+        self.device = device
+        self.single = cache_rows == 1
+        """One row in the whole cache: everything is a slice."""
+        self.start = int(starts[0])
+        self.length = int((starts + widths).max())
+        """Keys that queries may see at most."""
+        self.width = int(widths.max())
+        self.size = int(widths.sum())
+        self.whole = len(rows) == cache_rows
+
+    @cached_property
+    def row_of(self) -> np.ndarray:
+        """Cache row of each token, `[n]`."""
+        return np.repeat(self.rows, self.widths)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Index of each row's last token, `[b]`."""
+        return self._index(self.widths.cumsum() - 1)
+
+    @cached_property
+    def _query(self) -> np.ndarray:
+        """Offset of each token inside its row, `[n]`."""
+        begins = self.widths.cumsum() - self.widths
+        return np.arange(self.size) - np.repeat(begins, self.widths)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of each token, `[n]`."""
+        return self._index(np.repeat(self.starts, self.widths) + self._query)
+
+    @cached_property
+    def _cells(self) -> tuple[Tensor, Tensor]:
+        return self._index(self.row_of), self.positions
+
+    @cached_property
+    def _grid(self) -> tuple[Tensor, Tensor] | None:
+        """`(row, column)` of each token in the padded grid; None when the grid is full."""
+        if self.size == len(self.rows) * self.width:
+            return None
+        batch = np.repeat(np.arange(len(self.rows)), self.widths)
+        return self._index(batch), self._index(self._query)
+
+    @cached_property
+    def _row_index(self) -> Tensor:
+        return self._index(self.rows)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """Who may look at whom, `[b, 1, w, S]` boolean; None when plain (causal) attention
+        does it."""
+        same = bool((self.starts == self.start).all()) and self.size == len(self.rows) * self.width
+        if same and (self.width == 1 or self.start == 0):
+            return None
+        keys = torch.arange(self.length, device=self.device)
+        starts = self._index(self.starts)
+        queries = starts[:, None] + torch.arange(self.width, device=self.device)
+        return (keys <= queries[..., None])[:, None]
+
+    def _index(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+
+    # --- What layers use ----------------------------------------------------------------------
+
+    def pick(self, table: Tensor) -> Tensor:
+        """Rows of a table by position: `[P, D]` to `[n, D]`."""
+        if self.single:
+            return table[self.start : self.start + self.width]
+        return table[self.positions]
+
+    def store(self, pair: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes `states [n, 2, G, D]` (keys and values) into `pair [2, B, G, C, D]`; returns
+        the keys and values the block's rows look at, `[b, G, S, D]` each."""
+        if self.single:
+            stop = self.start + self.width
+            pair[:, 0, :, self.start : stop] = states.permute(1, 2, 0, 3)
+            seen = pair[:, :, :, :stop]
+        else:
+            row, position = self._cells
+            pair[:, row, :, position] = states
+            seen = pair[:, :, :, : self.length]
+            if not self.whole:
+                seen = seen.index_select(1, self._row_index)
+        return seen[0], seen[1]
+
+    def to_grid(self, queries: Tensor) -> Tensor:
+        """Flat `[n, A, D]` to padded `[b, A, w, D]`."""
+        if self._grid is None:
+            grid = queries.view(len(self.rows), self.width, *queries.shape[1:])
+        else:
+            grid = queries.new_zeros((len(self.rows), self.width, *queries.shape[1:]))
+            grid[self._grid] = queries
+        return grid.transpose(1, 2)
+
+    def from_grid(self, grid: Tensor) -> Tensor:
+        """Padded `[b, A, w, D]` to flat `[n, A D]`."""
+        grid = grid.transpose(1, 2).flatten(2)
+        return grid.flatten(0, 1) if self._grid is None else grid[self._grid]

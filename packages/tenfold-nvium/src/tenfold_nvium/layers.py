@@ -1,0 +1,188 @@
+"""Decoder layers on flat blocks, for decoding with an `NviumCache`.
+
+Two ways to run a layer with the same arithmetic:
+
+- `ModuleLayer` calls the layer's own projections, so adapters, hooks and quantised weights work;
+- `PackedLayer` holds query, key and value projections as one matrix, gate and up likewise, and
+  adds residuals inside the matrix products: about half the launched operations, which is what a
+  step costs on small models. It keeps a *copy* of those weights; make a new one when they change.
+
+Shapes: `n` tokens of a block, `H` hidden, `A` query heads, `G` key-value heads, `D` head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tenfold_nvium.block import Block
+from tenfold_nvium.cache import FrontierLayer, NviumCache
+
+if TYPE_CHECKING:
+    from tenfold_nvium.modeling import NviumForCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Head counts, head size and score scale of an attention module."""
+
+    queries: int
+    groups: int
+    size: int
+    scale: float
+
+    def attend(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, store: FrontierLayer, block: Block
+    ) -> Tensor:
+        """Rotates, caches and attends: `qkv [n, A + 2 G, D]` (edited in place) to `[n, A D]`.
+
+        `cos, sin [n, 1, D]` with the first half of `sin` negated, so that
+        `x cos + rotate_half(x) sin` becomes `x cos + roll(x) sin`.
+        """
+        turned = qkv[:, : self.queries + self.groups]
+        swapped = turned.roll(self.size // 2, -1)
+        turned.mul_(cos).addcmul_(swapped, sin)
+        pair = store.room_for(block, self.groups, qkv)
+        states = qkv[:, self.queries :].view(block.size, 2, self.groups, self.size)
+        keys, values = block.store(pair, states)
+        mixed = F.scaled_dot_product_attention(
+            block.to_grid(qkv[:, : self.queries]),
+            keys,
+            values,
+            block.mask,
+            is_causal=block.mask is None and block.width > 1,
+            scale=self.scale,
+            enable_gqa=self.queries != self.groups,
+        )
+        return block.from_grid(mixed)
+
+
+class LayerRunner(Protocol):
+    """One decoder layer on a block."""
+
+    def run(
+        self, x: Tensor, cos: Tensor, sin: Tensor, store: FrontierLayer, block: Block
+    ) -> Tensor:
+        """`x [n, H]` to `[n, H]`; keys and values go to `store`."""
+        ...
+
+
+@dataclass(slots=True)
+class ModuleLayer:
+    """Runs a layer through its own modules."""
+
+    layer: Any
+    heads: Heads
+
+    def run(
+        self, x: Tensor, cos: Tensor, sin: Tensor, store: FrontierLayer, block: Block
+    ) -> Tensor:
+        """See `LayerRunner`."""
+        layer, attention, size = self.layer, self.layer.self_attn, self.heads.size
+        normed = layer.input_layernorm(x)
+        q, k, v = (
+            project(normed).view(x.shape[0], -1, size)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        mixed = self.heads.attend(torch.cat([q, k, v], 1), cos, sin, store, block)
+        x = x + attention.o_proj(mixed)
+        return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+@dataclass(slots=True)
+class PackedLayer:
+    """Runs a layer from packed weights."""
+
+    layer: Any
+    heads: Heads
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+
+    def run(
+        self, x: Tensor, cos: Tensor, sin: Tensor, store: FrontierLayer, block: Block
+    ) -> Tensor:
+        """See `LayerRunner`."""
+        layer, heads = self.layer, self.heads
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = F.linear(layer.input_layernorm(x), self.qkv, self.qkv_bias)
+        qkv = qkv.view(x.shape[0], -1, heads.size)
+        if hasattr(attention, "q_norm"):
+            split = heads.queries + heads.groups
+            qkv[:, : heads.queries] = attention.q_norm(qkv[:, : heads.queries])
+            qkv[:, heads.queries : split] = attention.k_norm(qkv[:, heads.queries : split])
+        mixed = heads.attend(qkv, cos, sin, store, block)
+        x = _add_product(x, mixed, attention.o_proj)
+        normed = layer.post_attention_layernorm(x)
+        gate, up = F.linear(normed, self.gate_up, self.gate_up_bias).chunk(2, -1)
+        return _add_product(x, mlp.act_fn(gate).mul_(up), mlp.down_proj)
+
+
+def _add_product(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
+    """`x + linear(y)` with the addition inside the product."""
+    x = torch.addmm(x, y, linear.weight.t())
+    return x if linear.bias is None else x.add_(linear.bias)
+
+
+class SegmentRunner:
+    """Runs the segments of a model on blocks.
+
+    Args:
+        model: the model.
+        packed: copy projections into packed matrices (layers whose projections are not plain
+            linear layers run through their modules all the same).
+    """
+
+    def __init__(self, model: NviumForCausalLM, *, packed: bool = False) -> None:
+        self._model = model
+        make = pack_layer if packed else module_layer
+        self._layers: list[LayerRunner] = [make(layer) for layer in model.model.layers]
+        self._segments = model.config.segments
+
+    @torch.inference_mode()
+    def run(self, segment: int, x: Tensor, block: Block, cache: NviumCache) -> Tensor:
+        """Runs a segment on the block's residual streams `x [n, H]`."""
+        cos, sin = (
+            block.pick(table)[:, None] for table in self._model.model.rotary.signed(block.length, x)
+        )
+        for index in self._segments[segment]:
+            x = self._layers[index].run(x, cos, sin, cache.stores[index], block)
+        return x
+
+
+def module_layer(layer: Any) -> ModuleLayer:
+    """A layer to be run through its modules."""
+    attention = layer.self_attn
+    size = attention.head_dim
+    heads = Heads(
+        attention.q_proj.out_features // size,
+        attention.k_proj.out_features // size,
+        size,
+        attention.scaling,
+    )
+    return ModuleLayer(layer, heads)
+
+
+@torch.no_grad()
+def pack_layer(layer: Any) -> LayerRunner:
+    """A layer with packed projections, or a `ModuleLayer` when they are not plain."""
+    plain = module_layer(layer)
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+    gate_up = [mlp.gate_proj, mlp.up_proj]
+    if any(type(m) is not nn.Linear for m in (*qkv, *gate_up, attention.o_proj, mlp.down_proj)):
+        return plain
+    return PackedLayer(layer, plain.heads, *_join(qkv), *_join(gate_up))
+
+
+def _join(modules: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    biases = [m.bias for m in modules]
+    weight = torch.cat([m.weight.data for m in modules])
+    return weight, None if biases[0] is None else torch.cat([m.bias for m in modules])

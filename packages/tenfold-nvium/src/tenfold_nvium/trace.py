@@ -1,0 +1,95 @@
+"""What a decoder did, token by token and in total.
+
+Per token: row, position, token, exit, gates, widths of the segment blocks it rode in, whether a
+flush followed, start and end time. Exits are 1-based here, as in reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tenfold.files import write_json
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTrace:
+    """One generated token. `position` is that of the token it was predicted *from*; `log_odds`
+    holds one number per visited router, `widths` one per visited segment."""
+
+    row: int
+    position: int
+    token: int
+    exit: int
+    log_odds: tuple[float, ...]
+    widths: tuple[int, ...]
+    flushed: bool
+    start: float
+    end: float
+
+
+@dataclass(slots=True)
+class DecodeTrace:
+    """A run's tokens, with the totals that reports need.
+
+    Attributes:
+        depths: depth of each exit in layers, the last one included.
+        launches: how often each segment ran while decoding (prompts and flushes not counted).
+        flushes: how often deferred work was completed because of `max_deferred`.
+        prefill_s, decode_s: wall-clock seconds.
+    """
+
+    depths: Sequence[int]
+    tokens: list[TokenTrace] = field(default_factory=list)
+    launches: list[int] = field(default_factory=list)
+    flushes: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.launches = self.launches or [0] * len(self.depths)
+
+    @property
+    def exit_histogram(self) -> dict[str, int]:
+        """Tokens per exit, `{"1": n, ...}`, every exit listed."""
+        counts = {str(k + 1): 0 for k in range(len(self.depths))}
+        for token in self.tokens:
+            counts[str(token.exit)] += 1
+        return counts
+
+    @property
+    def mean_depth(self) -> float:
+        """Mean normalised depth at which tokens left (1 = all layers)."""
+        if not self.tokens:
+            return 1.0
+        depths = [self.depths[token.exit - 1] for token in self.tokens]
+        return sum(depths) / len(depths) / self.depths[-1]
+
+    @property
+    def mean_width(self) -> float:
+        """Mean width of segment blocks after the first segment: how much rides along."""
+        widths = [w for token in self.tokens for w in token.widths[1:]]
+        return sum(widths) / len(widths) if widths else 1.0
+
+    def summary(self) -> dict[str, Any]:
+        """Totals as JSON values."""
+        return {
+            "tokens": len(self.tokens),
+            "exit_histogram": self.exit_histogram,
+            "mean_depth": self.mean_depth,
+            "mean_width": self.mean_width,
+            "launches": list(self.launches),
+            "flushes": self.flushes,
+            "prefill_s": self.prefill_s,
+            "decode_s": self.decode_s,
+        }
+
+    def save(self, path: Path, **facts: Any) -> None:
+        """Writes facts, totals and tokens as JSON, atomically."""
+        rows = [
+            {name: getattr(token, name) for name in TokenTrace.__dataclass_fields__}
+            for token in self.tokens
+        ]
+        write_json(path, {**facts, **self.summary(), "trace": rows})
