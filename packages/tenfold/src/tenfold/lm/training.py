@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+import transformers.utils.logging as engine_logging
 from transformers import TrainerCallback, TrainingArguments
 
 from tenfold.capabilities import Context
@@ -159,6 +160,7 @@ def _arguments(
         use_cpu=on_cpu,
         ddp_backend="gloo" if ctx.device == "cpu" and ctx.world_size > 1 else None,
         ddp_find_unused_parameters=False,
+        dataloader_pin_memory=ctx.device == "cuda",
         deepspeed=deepspeed.active_config() if sharded else None,
         accelerator_config={"use_configured_state": sharded},
         seed=plan.seed % 2**32,
@@ -184,13 +186,13 @@ def _arguments(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps transformers' own progress bars off the terminal."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    shown = engine_logging.is_progress_bar_enabled()
+    engine_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            transformers.utils.logging.enable_progress_bar()
+            engine_logging.enable_progress_bar()
 
 
 def _check_world_size(ctx: Context, trainer: PlanTrainer) -> None:
