@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -54,7 +53,7 @@ schema = "tenfold-run/1"
 [model]
 use = "shout:capitals"
 [dataset]
-use = "core:jsonl"
+use = "core:jsonl-prompts"
 path = "prompts.jsonl"
 [evaluator]
 use = "core:generate"
@@ -134,11 +133,11 @@ def test_a_new_plugin_passes_the_kit_and_its_own_tests(environment, tmp_path):
     assert "3 passed" in environment.run("-m", "pytest", "-q", "-p", "no:cacheprovider", tests)
 
 
-@pytest.mark.skipif(shutil.which("ruff") is None, reason="ruff is not on PATH")
 def test_a_new_plugin_is_formatted_and_free_of_lint(environment, tmp_path):
+    pytest.importorskip("ruff")
     environment.tenfold("init", "plugin", "neat")
-    for line in (["check"], ["format", "--check", "--line-length", "100"]):
-        subprocess.run(["ruff", *line, "--isolated", "tenfold-neat"], cwd=tmp_path, check=True)
+    for line in (["check"], ["format", "--check"]):
+        environment.run("-m", "ruff", *line, "--no-cache", "tenfold-neat")
 
 
 def test_an_existing_folder_is_never_overwritten(environment, tmp_path):

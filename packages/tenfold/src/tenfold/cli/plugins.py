@@ -25,6 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "check", "say why plugins are broken; with a name, run the conformance kit on it"
     )
     check.add_argument("name", nargs="?", metavar="NAME", help="plugin, by name")
+    check.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="COMPONENT.PARAM=VALUE",
+        help="parameter of a component that does not build with its defaults; repeatable",
+    )
     enable = actions.add("enable", "let plugins.toml load a plugin")
     disable = actions.add("disable", "keep plugins.toml from loading a plugin")
     for action in (show, enable, disable):
@@ -171,7 +179,8 @@ def _check_one(args: argparse.Namespace) -> int:
         raise _no_plugin(registry, args.name)
     from tenfold.testing import check_plugin
 
-    findings = check_plugin(args.name, registry=registry, progress=note)
+    params = _component_params(args.settings, args.name)
+    findings = check_plugin(args.name, params=params, registry=registry, progress=note)
     failed = [finding for finding in findings if finding.status == "fail"]
     if args.json:
         print_json({"plugin": args.name, "findings": [f.to_json() for f in findings]})
@@ -181,6 +190,21 @@ def _check_one(args: argparse.Namespace) -> int:
         counts = Counter(finding.status for finding in findings)
         print(", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
     return EXIT_COMPONENT if failed else EXIT_OK
+
+
+def _component_params(settings: list[str], plugin: str) -> dict[str, dict[str, Any]]:
+    """`hf.checkpoint=DIR` or `core:hf.checkpoint=DIR`, as parameters by component id."""
+    from tenfold.config import parse_setting
+
+    params: dict[str, dict[str, Any]] = {}
+    for text in settings:
+        path, value = parse_setting(text)
+        if len(path) != 2:
+            raise ConfigError(f"--set {text!r}: write it as component.param=value")
+        component, name = path
+        name_space = component if ":" in component else f"{plugin}:{component}"
+        params.setdefault(name_space, {})[name] = value
+    return params
 
 
 def _no_plugin(registry: Registry, name: str) -> ComponentError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tenfold.errors import CapabilityError, ConfigError
 from tenfold.host import Host
 from tenfold.plan import with_implied
 from tenfold.registry import Component
@@ -67,10 +68,15 @@ def run_table(component: Component, bench: Workbench) -> dict[str, Any]:
     }
     for kind, needs in (("model", spec.requires), ("dataset", spec.data)):
         for key, wanted in needs.items():
-            if key.endswith("?") or key in own:
+            name = key.rstrip("?")
+            if name in own:
                 continue
-            role = kind if key == "*" else key
-            table[f"{kind}s"][role] = _filler(bench, component, kind, wanted, role)
+            role = kind if name == "*" else name
+            try:
+                table[f"{kind}s"][role] = _filler(bench, component, kind, wanted, role)
+            except NotApplicableError:
+                if not key.endswith("?"):
+                    raise
     return table
 
 
@@ -106,7 +112,11 @@ def _run(
     table: dict[str, Any], bench: Workbench, options: Options, *, may_be_empty: bool = False
 ) -> Items:
     """Item id → values of a run in the temporary workspace."""
-    outcome = Host(bench.workspace, bench.registry).run(table, options=options)
+    try:
+        outcome = Host(bench.workspace, bench.registry).run(table, options=options)
+    except (CapabilityError, ConfigError) as error:
+        # Roles and parameters that the description calls optional may still be needed.
+        raise NotApplicableError(f"does not run with its defaults: {error}") from error
     require(outcome.failed == 0, f"{outcome.failed} items failed; {outcome.message}")
     require(outcome.status == "ok", f"the run ended {outcome.status}: {outcome.message}")
     items = {line.id: line.values for line in RunStore(outcome.run_dir).ordered_lines()}

@@ -75,13 +75,12 @@ def generation_repeats_under_a_seed(model: Any) -> None:
 def _generate(
     model: Any, prompts: Sequence[str], config: GenerationConfig
 ) -> list[list[Completion]]:
-    """Completions; a model may refuse to sample, with a clear error."""
+    """Completions; a model may refuse prompts or sampling, with a clear error."""
     try:
         return model.generate(list(prompts), config)
     except TenfoldError as error:
-        if config.temperature == 0:
-            raise
-        raise NotApplicableError(f"refuses to sample: {error}") from error
+        what = "sampling" if config.temperature else "these prompts"
+        raise NotApplicableError(f"refuses {what}: {error}") from error
 
 
 def _texts(rows: list[list[Completion]]) -> list[list[tuple[str, tuple[int, ...]]]]:
