@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
@@ -36,11 +37,14 @@ def pages(root: Path) -> dict[Path, str]:
     from tenfold.workspace import find_workspace
 
     workspace = find_workspace(root)
-    registry = load_registry(workspace, cached=False)
+    registry = load_registry(workspace, cached=False, lenient=True)
+    if registry.broken:
+        raise SystemExit("\n".join(broken.line() for broken in registry.broken))
     docs = root / "docs"
     found = {
         docs / "cli.md": cli_page(registry),
         docs / "components" / "index.md": components_index(registry),
+        docs / "benchmarks" / "packages.md": benchmarks_page(root),
         docs / "reference" / "capabilities.md": capabilities_page(registry),
         docs / "reference" / "records.md": records_page(),
         docs / "reference" / "settings.md": settings_page(),
@@ -424,6 +428,22 @@ def package_table(catalogue: Mapping[str, Mapping[str, Any]]) -> Callable[[str],
         return grid(("package", "what it brings", "paper", "status"), rows)
 
     return render
+
+
+def benchmarks_page(root: Path) -> str:
+    """The committed tables of all packages, `packages/*/benchmarks/*.md`."""
+    parts = [
+        NOTE,
+        "# Benchmarks of the packages",
+        "From the files `packages/*/benchmarks/*.md`, which the scripts beside them write.",
+    ]
+    for path in sorted((root / "packages").glob("*/benchmarks/*.md")):
+        text = path.read_text(encoding="utf-8").strip()
+        if path.name == "README.md" or not text.startswith("# "):
+            continue
+        # One level down, so that each file is a section of this page.
+        parts.append(re.sub(r"^(#+) ", r"\1# ", text, flags=re.MULTILINE))
+    return "\n\n".join(parts) + "\n"
 
 
 # --- command --------------------------------------------------------------------------------
