@@ -221,14 +221,19 @@ def test_a_missing_hook_marker_is_noticed(site, monkeypatch):
     )
 
 
-def test_unreadable_metadata_of_one_distribution_harms_nobody(site, monkeypatch):
+@pytest.mark.parametrize("is_plugin", [True, False])
+def test_unreadable_metadata_harms_nobody_and_is_told_of_plugins_only(site, monkeypatch, is_plugin):
     site.add("good")
     info = site.path / "rotten-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_bytes(b"\xff\xfe\x00 not text")
-    (info / "entry_points.txt").write_text("[tenfold.plugins]\nthis is no entry point\n")
+    group = "tenfold.plugins" if is_plugin else "console_scripts"
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rotten\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\nthis is no entry point\n")
     site.settle()
-    assert "good" in load(site, monkeypatch).plugins
+    registry = load(site, monkeypatch)
+    assert "good" in registry.plugins
+    rotten = [b.phase for b in registry.broken if b.dist == "rotten"]
+    assert rotten == (["metadata"] if is_plugin else [])
 
 
 def test_a_plugin_object_can_be_an_attribute(site, monkeypatch):

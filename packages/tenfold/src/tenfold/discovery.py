@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import re
 import sys
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Generator
-from dataclasses import dataclass, field
-from importlib import metadata
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,8 @@ import pluggy
 from tenfold import __version__, hookspecs
 from tenfold.describe import Description, Problem, check_api, describe, missing_target
 from tenfold.errors import nearest
-from tenfold.hookspecs import ENTRY_POINT_GROUP, PROJECT
+from tenfold.hookspecs import PROJECT
+from tenfold.installed import CORE, EntryPoint, Sources, choose_plugins, one_line
 from tenfold.registry import BrokenPlugin, Component, PluginRow, Registry, trace
 from tenfold.spec import (
     HEAVY_MODULES,
@@ -35,9 +33,8 @@ from tenfold.spec import (
     ComponentSpec,
     PluginInfo,
 )
-from tenfold.workspace import Policy, Workspace
+from tenfold.workspace import Workspace
 
-CORE = "core"
 CORE_MODULE = "tenfold.builtin.plugin"
 SLOW_IMPORT_SECONDS = 0.25
 """CPU time of importing `plugin.py` above which a plugin gets a warning."""
@@ -52,30 +49,6 @@ _DATA_HOOKS = {
     "tenfold_commands": ("command", CommandSpec),
 }
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("tenfold_"))
-
-
-@dataclass(frozen=True, slots=True)
-class EntryPoint:
-    """One entry point of the group: plugin name, `module[:attribute]`, and where it is from."""
-
-    name: str
-    value: str
-    dist: str
-    version: str
-    file: Path | None = None
-
-
-@dataclass(slots=True)
-class Sources:
-    """Files the registry depends on, for the index: a change in any of them invalidates it.
-
-    `trusted` is False when a plugin had been imported before discovery, so that the modules
-    it needs could not be observed.
-    """
-
-    files: set[Path] = field(default_factory=set)
-    trusted: bool = True
-    started_ns: int = field(default_factory=time.time_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +68,14 @@ class _PluginError(Exception):
 
 def discover(workspace: Workspace) -> tuple[Registry, Sources]:
     """Loads `core` and every installed plugin that the policy enables."""
-    policy = workspace.policy
     started = time.perf_counter()
     sources = Sources()
-    entries, broken = find_entry_points(sources)
-    enabled, disabled = _apply_policy(entries, policy)
-    chosen, clashes = _resolve_clashes(enabled, policy)
-    broken += clashes + _not_installed(policy, {e.name for e in entries})
-    trace("find plugins", started, f"{len(entries)} entry points")
+    choice = choose_plugins(workspace.policy, sources)
+    trace("find plugins", started, f"{choice.found} entry points")
+    broken = list(choice.broken)
     core = EntryPoint(CORE, CORE_MODULE, PROJECT, __version__)
     loaded: list[_Loaded] = []
-    for entry in (core, *sorted(chosen, key=lambda e: e.name)):
+    for entry in (core, *choice.entries):
         started = time.perf_counter()
         outcome = load_plugin(entry, sources)
         trace(f"load {entry.name}", started)
@@ -114,116 +84,7 @@ def discover(workspace: Workspace) -> tuple[Registry, Sources]:
         else:
             loaded.append(outcome)
             broken += outcome.broken
-    return _registry(loaded, broken, disabled, workspace), sources
-
-
-def find_entry_points(
-    sources: Sources | None = None,
-) -> tuple[list[EntryPoint], list[BrokenPlugin]]:
-    """Every `tenfold.plugins` entry point, and distributions whose metadata cannot be read.
-
-    The first distribution of a name on `sys.path` hides later ones, as it does for imports.
-    """
-    entries: list[EntryPoint] = []
-    broken: list[BrokenPlugin] = []
-    seen: set[str] = set()
-    for dist in metadata.distributions():
-        name, version = "?", "?"
-        try:
-            folder = getattr(dist, "_path", None)
-            name = dist.metadata["Name"] or str(getattr(folder, "name", "?"))
-            if normalized(name) in seen:
-                continue
-            seen.add(normalized(name))
-            text = dist.read_text("entry_points.txt") or ""
-            if ENTRY_POINT_GROUP not in text:
-                continue
-            version = dist.version
-            file = folder / "entry_points.txt" if isinstance(folder, Path) else None
-            if file is not None and sources is not None:
-                sources.files.add(file)
-            entries += [
-                EntryPoint(e.name, e.value, name, version, file)
-                for e in dist.entry_points
-                if e.group == ENTRY_POINT_GROUP
-            ]
-        except Exception as error:
-            broken.append(
-                BrokenPlugin(
-                    name, name, version, "metadata", _one_line(error), "reinstall the distribution"
-                )
-            )
-    return entries, broken
-
-
-def normalized(distribution: str) -> str:
-    """A distribution name in its normal form (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
-def _apply_policy(
-    entries: list[EntryPoint], policy: Policy
-) -> tuple[list[EntryPoint], tuple[str, ...]]:
-    def wanted(name: str) -> bool:
-        return name not in policy.disable and (policy.enable == "all" or name in policy.enable)
-
-    disabled = {entry.name for entry in entries if not wanted(entry.name)}
-    return [e for e in entries if wanted(e.name)], tuple(sorted(disabled))
-
-
-def _not_installed(policy: Policy, installed: set[str]) -> list[BrokenPlugin]:
-    """Plugins that the policy enables by name and that no distribution offers."""
-    if isinstance(policy.enable, str):
-        return []
-    broken = []
-    for name in policy.enable:
-        if name in installed or name == CORE or name in policy.disable:
-            continue
-        dist = str(policy.catalogue.get(name, {}).get("distribution", ""))
-        broken.append(
-            BrokenPlugin(
-                name,
-                "",
-                "",
-                "policy",
-                f"enabled, but not installed{nearest(name, installed)}",
-                f"install {dist}" if dist else "install it, or take it out of the enabled ones",
-            )
-        )
-    return broken
-
-
-def _resolve_clashes(
-    entries: list[EntryPoint], policy: Policy
-) -> tuple[list[EntryPoint], list[BrokenPlugin]]:
-    """One entry point per name; a clash disables every party unless the policy names one."""
-    by_name: dict[str, list[EntryPoint]] = defaultdict(list)
-    for entry in entries:
-        by_name[entry.name].append(entry)
-    chosen: list[EntryPoint] = []
-    broken: list[BrokenPlugin] = []
-    for name, rivals in by_name.items():
-        preferred = normalized(str(policy.prefer.get(name, "")))
-        winners = [e for e in rivals if normalized(e.dist) == preferred]
-        if len(rivals) == 1:
-            chosen += rivals
-        elif len(winners) == 1:
-            chosen += winners
-        else:
-            dists = sorted(e.dist for e in rivals)
-            broken += [
-                BrokenPlugin(
-                    name,
-                    e.dist,
-                    e.version,
-                    "clash",
-                    f"several distributions offer {name!r}: {', '.join(dists)}",
-                    f'uninstall one, or write [policy] prefer = {{ {name} = "{dists[0]}" }} '
-                    "in plugins.toml",
-                )
-                for e in rivals
-            ]
-    return chosen, broken
+    return _registry(loaded, broken, choice.disabled, workspace), sources
 
 
 def load_plugin(entry: EntryPoint, sources: Sources | None = None) -> _Loaded | BrokenPlugin:
@@ -297,9 +158,7 @@ def _guarded(phase: str, hint: str = "") -> Generator[None]:
     except (KeyboardInterrupt, _PluginError):
         raise
     except BaseException as error:
-        raise _PluginError(
-            phase, _one_line(error), hint or _hint(error), _details(error)
-        ) from error
+        raise _PluginError(phase, one_line(error), hint or _hint(error), _details(error)) from error
 
 
 def _import(entry: EntryPoint) -> Any:
@@ -318,7 +177,7 @@ def _import(entry: EntryPoint) -> Any:
             module = entry.value.partition(":")[0].strip()
             if error.name and f"{module}.".startswith(f"{error.name}."):
                 hint = f"the entry point names {entry.value!r}; correct it, or add the module"
-                raise _PluginError("import", _one_line(error), hint) from error
+                raise _PluginError("import", one_line(error), hint) from error
             raise
 
 
@@ -489,13 +348,6 @@ def _source_files(entry: EntryPoint, before: set[str]) -> set[Path]:
         if isinstance(file, str) and name.partition(".")[0] not in sys.stdlib_module_names:
             files.add(Path(file))
     return files
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, SystemExit):
-        text = f"exit code {error.code}"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _hint(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from tenfold.registry import BrokenPlugin, Component, PluginRow, Registry
 from tenfold.spec import REQUIRED, CommandSpec, ComponentSpec, Param
 
 if TYPE_CHECKING:
-    from tenfold.discovery import Sources
+    from tenfold.installed import Sources
     from tenfold.workspace import Workspace
 
 FORMAT = 1
@@ -35,7 +35,7 @@ read without a visible change of its time stamp, so nothing is indexed yet."""
 _STATIC_PHASES = ("metadata", "clash", "policy", "api", "describe", "target")
 """Failures that only a changed file can mend; others (an import that failed) may depend on
 the environment, so an index with them is not kept."""
-_OWN = ("spec", "hookspecs", "describe", "discovery", "registry", "index", "params")
+_OWN = ("spec", "hookspecs", "describe", "installed", "discovery", "registry", "index", "params")
 
 Stamp = list[Any]
 """`[path, mtime_ns, size]`; size -1 for folders, both 0 for what is not there."""

@@ -258,7 +258,7 @@ def _listed(path: Path, key: str) -> Any:
 
 def _require_known(name: str, catalogue: Any) -> None:
     """Raises ComponentError for a name that no distribution and no catalogue knows."""
-    from tenfold.discovery import find_entry_points
+    from tenfold.installed import find_entry_points
 
     known = {entry.name for entry in find_entry_points()[0]} | set(catalogue)
     if name not in known:

@@ -127,7 +127,7 @@ def check_plugins_file(workspace: Workspace, registry: Registry) -> list[Check]:
 
 
 def _check_row(where: str, name: str, row: dict[str, object], registry: Registry) -> Check:
-    from tenfold.discovery import normalized
+    from tenfold.installed import normalized
 
     wanted = str(row.get("distribution", name))
     loaded = registry.plugins.get(name)
