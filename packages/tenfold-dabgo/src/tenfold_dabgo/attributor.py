@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from tenfold.capabilities import Grad
@@ -35,6 +35,8 @@ from tenfold_dabgo.queries import Query
 from tenfold_dabgo.scores import DIRECTIONS, AttributionResult
 from tenfold_dabgo.shards import ShardStore
 from tenfold_dabgo.weights import Weights, borrowed, copy_of, device_of, fingerprint
+
+T = TypeVar("T")
 
 
 class Attributor(Protocol):
@@ -287,11 +289,11 @@ def query_loss(model: Grad, query: Query) -> Callable[[], Tensor]:
     return lambda: sample_means(model.token_loss(batch), batch)[0]
 
 
-def blocks(queries: Iterable[Query], size: int) -> Iterator[list[Query]]:
-    """Queries in lists of at most `size`."""
-    block: list[Query] = []
-    for query in queries:
-        block.append(query)
+def blocks(things: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Consecutive things in lists of at most `size`."""
+    block: list[T] = []
+    for thing in things:
+        block.append(thing)
         if len(block) == size:
             yield block
             block = []

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from tenfold.capabilities import Tokenizes
 from tenfold.errors import ConfigError
-from tenfold.records import TextRecord
 
 MIN_SCORED_LENGTH = 2
 """A sample needs two tokens: the first has no loss, so one token gives no score."""
@@ -137,14 +136,14 @@ class TokenDataset:
     @classmethod
     def from_records(
         cls,
-        records: Iterable[TextRecord],
+        records: Iterable[Any],
         tokenizer: Tokenizes,
         *,
         window: int | None = None,
         stride: int | None = None,
         min_tokens: int = MIN_SCORED_LENGTH,
     ) -> TokenDataset:
-        """Tokenizes text records with the model's own tokenizer, see `from_ids`.
+        """Tokenizes `TextRecord`s with the model's own tokenizer, see `from_ids`.
 
         `window` defaults to the model's context length.
 

@@ -1,0 +1,80 @@
+"""The Fisher cache: one estimate per model, corpus and setting, shared by all runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tenfold.capabilities import Grad
+from tenfold.errors import ConfigError
+from tenfold.seeds import content_hash
+
+from tenfold_dabgo.attributor import Progress, no_progress
+from tenfold_dabgo.corpus import TokenDataset
+from tenfold_dabgo.fisher import FisherDiagonal
+from tenfold_dabgo.fisher_estimate import estimate_fisher
+from tenfold_dabgo.settings import AttributionSettings
+from tenfold_dabgo.weights import fingerprint
+
+BEHAVIOUR = 1
+"""Raised when an estimate with equal settings would give other values."""
+
+
+def obtain_fisher(
+    model: Grad,
+    dataset: TokenDataset,
+    settings: AttributionSettings,
+    folder: Path,
+    model_hash: str = "",
+    progress: Progress = no_progress,
+) -> FisherDiagonal:
+    """The Fisher that the settings ask for: from a file, from the cache, or estimated now.
+
+    Args:
+        model: the model at theta_0.
+        dataset: the corpus.
+        settings: kind, selection, sample limit, file.
+        folder: the cache; entries are named by content, so deleting them is safe.
+        model_hash: the model's fingerprint, when it is known already.
+        progress: progress bars.
+
+    Raises:
+        ConfigError: the given file does not fit the model or corpus.
+    """
+    model_hash = model_hash or fingerprint(model)
+    if settings.fisher == "file":
+        fisher = FisherDiagonal.load(Path(str(settings.fisher_path)))
+        fisher.check(model_hash, dataset.content_hash(), len(dataset), force=settings.fisher_force)
+        return fisher
+    path = folder / f"fisher-{_key(dataset, settings, model_hash)}.safetensors"
+    if settings.fisher != "identity" and path.is_file():
+        try:
+            return FisherDiagonal.load(path)
+        except ConfigError:
+            path.unlink()  # a damaged cache entry is estimated again
+    with progress("Fisher", _samples(dataset, settings), "samples") as bar:
+        fisher = estimate_fisher(
+            model,
+            dataset,
+            settings.fisher,
+            params=settings.params,
+            max_samples=settings.fisher_max_samples,
+            seed=settings.seed,
+            token_budget=max(settings.token_budget // 2, 1),
+            advance=bar.advance,
+            resume=path.with_suffix(".partial"),
+        )
+    if settings.fisher != "identity":
+        fisher.save(path)
+    return fisher
+
+
+def _key(dataset: TokenDataset, settings: AttributionSettings, model_hash: str) -> str:
+    facts: list[Any] = [BEHAVIOUR, model_hash, dataset.content_hash(), settings.fisher]
+    facts += [settings.params, settings.fisher_max_samples, settings.seed]
+    return content_hash(facts)
+
+
+def _samples(dataset: TokenDataset, settings: AttributionSettings) -> int:
+    usable = int(dataset.scorable.sum())
+    return min(usable, settings.fisher_max_samples or usable)

@@ -1,0 +1,70 @@
+"""The attributor that a method's name stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tenfold_dabgo.attributor import Attributor, BidirectionalAttributor, Progress, no_progress
+from tenfold_dabgo.baselines.bm25 import Bm25Attributor
+from tenfold_dabgo.baselines.gradient import GradientAttributor
+from tenfold_dabgo.baselines.trivial import PerplexityAttributor, RandomAttributor
+from tenfold_dabgo.cache import obtain_fisher
+from tenfold_dabgo.corpus import TokenDataset
+from tenfold_dabgo.settings import AttributionSettings
+
+
+def make_attributor(
+    name: str,
+    model: Any,
+    dataset: TokenDataset,
+    settings: AttributionSettings,
+    *,
+    cache: Path,
+    work: Path | None = None,
+    model_hash: str = "",
+    progress: Progress = no_progress,
+) -> Attributor:
+    """Builds a method over a model and corpus.
+
+    Args:
+        name: one of `settings.METHODS`.
+        model: offers `grad` and `tokenize`.
+        dataset: the corpus.
+        settings: the evaluator's settings.
+        cache: folder of the Fisher cache.
+        work: folder for what an interrupted pass leaves.
+        model_hash: the model's fingerprint, when it is known already.
+        progress: progress bars.
+    """
+    if name == "bm25":
+        return Bm25Attributor(model, dataset)
+    if name in ("gradient-dot", "gradient-cosine"):
+        return GradientAttributor(
+            model,
+            dataset,
+            cosine=name.endswith("cosine"),
+            params=settings.params,
+            token_budget=max(settings.token_budget // 2, 1),
+            progress=progress,
+        )
+    if name == "random":
+        return RandomAttributor(dataset, settings.seed)
+    if name == "perplexity":
+        return PerplexityAttributor(model, dataset, settings.token_budget)
+    fisher = obtain_fisher(model, dataset, settings, cache, model_hash, progress)
+    return BidirectionalAttributor(
+        model,
+        dataset,
+        fisher,
+        settings.perturbation(),
+        base_losses=settings.needs_base_losses,
+        prefilter=settings.prefilter,
+        token_top=settings.top_k,
+        token_budget=settings.token_budget,
+        precision=settings.precision,
+        seed=settings.seed,
+        work_dir=work,
+        model_hash=model_hash,
+        progress=progress,
+    )

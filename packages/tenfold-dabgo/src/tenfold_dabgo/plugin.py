@@ -1,0 +1,102 @@
+"""What the plugin `dabgo` offers: descriptions only, nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from tenfold.hookspecs import hookimpl
+from tenfold.spec import ComponentSpec, Param, PluginInfo
+
+_METHODS = ("dabgo", "bm25", "gradient-dot", "gradient-cosine", "perplexity", "random")
+
+_STEPS = (
+    Param("rule", "str", "natural_gradient", "how the weights move",
+          choices=("natural_gradient", "ewc_adamw", "sgd", "sign_sgd")),
+    Param("steps", "int", 10, "steps in each direction", minimum=1),
+    Param("lr", "float", None, "step size alpha; left out: chosen by `change`", minimum=0),
+    Param("change", "float", 1.0, "automatic step size: the first-order change of the query's "
+          "loss after all steps, nats per token", minimum=0),
+    Param("damping", "float", None, "epsilon in 1 / (F + epsilon); left out: relative_damping "
+          "times the mean of F", minimum=0),
+    Param("relative_damping", "float", 1.5, "damping as a multiple of the mean of F", minimum=0),
+    Param("dataset_size", "int", None, "N of the step alpha / N; left out: the number of samples",
+          minimum=1),
+    Param("params", "str", "all", "weights that move: all, attention, mlp, kv, no-embeddings, "
+          "last-N-layers, lora, or re:<pattern>"),
+    Param("ewc_weight", "float", 50.0, "lambda of ewc_adamw", minimum=0),
+    Param("weight_decay", "float", 0.0, "weight decay of ewc_adamw", minimum=0),
+    Param("grad_clip", "float", None, "gradient norm limit of ewc_adamw", minimum=0),
+    Param("dropout", "bool", False, "keep dropout active in the steps (seeded)"),
+)  # fmt: skip
+
+_FISHER = (
+    Param("fisher", "str", "sample_mean", "kind of Fisher",
+          choices=("sample_mean", "sample_sum", "token", "sampled", "identity", "file")),
+    Param("fisher_path", "path", None, 'safetensors file for fisher = "file"'),
+    Param("fisher_max_samples", "int", None, "estimate F on a random subset of this size",
+          minimum=1),
+    Param("fisher_force", "bool", False, "accept a Fisher file of another model or corpus"),
+)  # fmt: skip
+
+_CORPUS = (
+    Param("window", "int", None, "longest sample in tokens; left out: the model's context",
+          minimum=2),
+    Param("stride", "int", None, "distance of windows; left out: no overlap", minimum=1),
+    Param("min_tokens", "int", 2, "drop shorter windows of longer texts", minimum=1),
+    Param("dedupe", "bool", False, "leave out samples that repeat another one exactly"),
+    Param("truncate", "bool", False, "cut queries that do not fit the model's context"),
+)  # fmt: skip
+
+_OUTPUT = (
+    Param("view", "str", None, "signed, abs, ascent or descent; left out: the preset's",
+          choices=("signed", "abs", "ascent", "descent")),
+    Param("top_k", "int", 10, "proponents and opponents to show", minimum=1),
+    Param("columns", "list[str]", ("module", "package", "author"),
+          "metadata columns of the roll-ups"),
+    Param("how", "str", "mean", "roll-up: sum, mean, max, share or topk_mean:<k>"),
+    Param("compare", "list[str]", (), "methods to compare with", choices=_METHODS),
+    Param("base_losses", "bool", False, "also evaluate the unchanged model"),
+)  # fmt: skip
+
+_SCALE = (
+    Param("prefilter", "float", None, "share of the corpus that is scored exactly, chosen by "
+          "first-order scores of all queries in one pass; left out: all of it",
+          minimum=0, maximum=1),
+    Param("precision", "str", "float32", "of the loss pass; a lower one is used only if a probe "
+          "ranks alike", choices=("float32", "bfloat16", "float16")),
+    Param("token_budget", "int", 8192, "tokens per batch, padding included", minimum=1,
+          identity=False),
+    Param("seed", "int", None, "seed; left out: the run's seed"),
+)  # fmt: skip
+
+ATTRIBUTION = ComponentSpec(
+    name="attribution",
+    target="tenfold_dabgo.evaluator:Attribution",
+    summary="which training texts shaped a generated text, by bidirectional gradient steps",
+    params=(
+        Param("method", "str", "dabgo", "attribution method", choices=_METHODS),
+        Param("preset", "str", "recommended", "recommended, or the paper's constants",
+              choices=("recommended", "paper")),
+        *_OUTPUT,
+        *_STEPS,
+        *_FISHER,
+        *_SCALE,
+        *_CORPUS,
+    ),
+    requires={"model": ("grad", "tokenize")},
+    data={"train": ("text",), "queries": ("sample", "text", "prompt")},
+    modules=("torch", "numpy", "transformers"),
+    tags=("attribution", "data", "interpretability"),
+)  # fmt: skip
+
+
+@hookimpl
+def tenfold_plugin() -> PluginInfo:
+    return PluginInfo(
+        "dabgo",
+        "Training-data attribution by bidirectional gradient optimization",
+        paper="arXiv:2606.04928",
+    )
+
+
+@hookimpl
+def tenfold_evaluators() -> list[ComponentSpec]:
+    return [ATTRIBUTION]
