@@ -38,7 +38,7 @@ MODELS: list[ComponentSpec] = [
                   minimum=0, identity=False),
             Param("max_wait_s", "float", 60.0, "longest pause, also where the endpoint asks for "
                   "more", minimum=0, identity=False),
-            Param("timeout_s", "float", 120.0, "longest wait for an answer", minimum=0.001,
+            Param("timeout_s", "float", 300.0, "longest wait for an answer", minimum=0.001,
                   identity=False),
             Param("offline", "bool", None, "refuse addresses outside this machine and its private "
                   "network; left out: the workspace's setting", identity=False),
