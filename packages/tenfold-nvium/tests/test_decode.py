@@ -112,11 +112,18 @@ def test_rows_end_at_eos_or_when_told(model):
     assert done.rows[0].tokens == free.rows[0].tokens[:cut]
     assert done.rows[0].finish_reason == "eos"
     stopped = PiggybackDecoder(model).generate(
-        PROMPTS, 20, stop=lambda row, tokens: row == 2 and len(tokens) == 3
+        PROMPTS, 20, stop=lambda row, tokens: "enough" if row == 2 and len(tokens) == 3 else ""
     )
     assert [len(r.tokens) for r in stopped.rows] == [20, 20, 3]
-    assert [r.finish_reason for r in stopped.rows] == ["length", "length", "stop"]
+    assert [r.finish_reason for r in stopped.rows] == ["length", "length", "enough"]
     assert stopped.rows[0].tokens == free.rows[0].tokens
+
+
+def test_each_row_has_its_own_limit(model):
+    free = PiggybackDecoder(model).generate(PROMPTS, 20)
+    own = PiggybackDecoder(model).generate(PROMPTS, [3, 0, 20])
+    assert [len(r.tokens) for r in own.rows] == [3, 0, 20]
+    assert own.rows[2].tokens == free.rows[2].tokens
 
 
 def test_one_new_token_and_eos_at_once(model):

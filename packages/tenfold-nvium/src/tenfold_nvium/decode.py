@@ -28,8 +28,9 @@ from tenfold_nvium.policies import ExitPolicy, FullDepth, make_policy
 from tenfold_nvium.sampling import Warp, draw
 from tenfold_nvium.trace import DecodeTrace, TokenTrace
 
-Stop = Callable[[int, list[int]], bool]
-"""`stop(row, tokens so far) -> bool`: ends a row after the newest token."""
+Stop = Callable[[int, list[int]], str]
+"""`stop(row, tokens so far) -> reason`: ends a row after the newest token, for a reason such as
+`stop`; an empty string lets it go on."""
 
 
 @dataclass(slots=True)
@@ -41,7 +42,7 @@ class DecodedRow:
         exits: per token its exit, 0-based.
         scores: log-probability of each token under the (warped) distribution it was drawn
             from, which for an early exit is one head's.
-        finish_reason: `eos`, `stop` or `length`.
+        finish_reason: `eos`, `length`, or what `Stop` answered.
         log_probs: exact mixture log-probabilities, when asked for.
     """
 
@@ -100,7 +101,7 @@ class PiggybackDecoder:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         *,
         seeds: Sequence[int] | None = None,
         noise: Sequence[Noise] | None = None,
@@ -109,7 +110,7 @@ class PiggybackDecoder:
         cache: NviumCache | None = None,
         log_probs: bool = False,
     ) -> Decoded:
-        """Continues every prompt by at most `max_new_tokens` tokens.
+        """Continues every prompt by at most `max_new_tokens` tokens (one number, or one each).
 
         Args:
             prompts: token ids per row, at least one each; with a `cache`, what follows it.
@@ -124,21 +125,20 @@ class PiggybackDecoder:
         Raises:
             ConfigError: an empty prompt, or a text longer than the model's context.
         """
-        cache = self._opened(cache, prompts, max_new_tokens)
         count, exits = len(prompts), self.model.num_exits
+        limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens
+        cache = self._opened(cache, prompts, limits)
         if noise is None:
             seeds = list(range(count)) if seeds is None else seeds
             noise = [PositionNoise(seed, exits) for seed in seeds]
         last = [int(n) + len(p) - 1 for n, p in zip(cache.lengths, prompts, strict=True)]
         recorder = ExitRecorder(last, exits) if log_probs else None
-        run = _Run(prompts, DecodeTrace(self.model.config.depths), eos_ids, stop)
-        for _ in range(max_new_tokens):
+        run = _Run(prompts, DecodeTrace(self.model.config.depths), limits, eos_ids, stop)
+        while run.active.size:
             start, deep = time.perf_counter(), run.reads_prompts
             choice, tokens, scores = self._step(cache, run, noise, recorder)
             flushed = self._limit(cache, run.active, recorder)
             run.add(choice, tokens, scores, cache.lengths, flushed, start, deep)
-            if not run.active.size:
-                break
         run.finish()
         if recorder is not None:
             flush(self._runner, cache, range(count), recorder)
@@ -147,7 +147,10 @@ class PiggybackDecoder:
         return Decoded(run.rows, cache, run.trace)
 
     def _opened(
-        self, cache: NviumCache | None, prompts: Sequence[Sequence[int]], new: int
+        self,
+        cache: NviumCache | None,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
     ) -> NviumCache:
         """The cache to continue, after checking prompts against it and the context."""
         if cache is None:
@@ -155,7 +158,7 @@ class PiggybackDecoder:
         cache.check_model(self.model.config)
         cache.open_rows(len(prompts))
         limit = self.model.config.max_position_embeddings
-        for r, prompt in enumerate(prompts):
+        for r, (prompt, new) in enumerate(zip(prompts, limits, strict=True)):
             if not prompt:
                 raise ConfigError(
                     f"prompt {r} is empty; give at least one token (such as the model's "
@@ -210,12 +213,14 @@ class _Run:
         self,
         prompts: Sequence[Sequence[int]],
         trace: DecodeTrace,
+        limits: Sequence[int],
         eos_ids: Sequence[int],
         stop: Stop | None,
     ) -> None:
         self.rows = [DecodedRow() for _ in prompts]
         self.trace, self._eos, self._stop = trace, set(eos_ids), stop
-        self.active = np.arange(len(prompts))
+        self._limits = list(limits)
+        self.active = np.flatnonzero(np.asarray(self._limits) > 0)
         self.feed = [list(prompt) for prompt in prompts]
         self._began = time.perf_counter()
         self._first: float | None = None
@@ -259,13 +264,17 @@ class _Run:
                 )
             )  # fmt: skip
             self.feed[r] = [tokens[i]]
-            if tokens[i] in self._eos:
-                row.finish_reason = "eos"
-            elif self._stop is not None and self._stop(r, row.tokens):
-                row.finish_reason = "stop"
-            else:
+            if not self._ends(r, row):
                 going.append(r)
         self.active = np.asarray(going, dtype=np.int64)
+
+    def _ends(self, r: int, row: DecodedRow) -> bool:
+        """Whether a row ends with its newest token; notes why."""
+        reason = "eos" if row.tokens[-1] in self._eos else ""
+        if not reason and self._stop is not None:
+            reason = self._stop(r, row.tokens)
+        row.finish_reason = reason or row.finish_reason
+        return bool(reason) or len(row.tokens) >= self._limits[r]
 
     def finish(self) -> None:
         """Closes the trace's clocks."""

@@ -245,16 +245,13 @@ class NviumForCausalLM(NviumPreTrainedModel, GenerationMixin):
             return output if return_dict is not False else output.to_tuple()
         if routed:
             raise ValueError("decode_policy needs past_key_values to be an NviumCache")
-        hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        mask, positions = self._mask_and_positions(
-            hidden, attention_mask, position_ids, past_key_values
+        layers = self.layer_states(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
         )
-        layers = self.model(hidden, positions, mask, past_key_values, **kwargs)
-        states = [layers[depth - 1] for depth in self.config.depths]
         output = NviumOutput(past_key_values=past_key_values)
         if output_hidden_states:
-            output.hidden_states = (hidden, *layers)
-        inputs, gates = self.exit_views(states)
+            output.hidden_states = tuple(layers)
+        inputs, gates = self.exit_views([layers[depth] for depth in self.config.depths])
         output.gate_log_odds, output.exit_log_probs = gates, exit_log_probs(gates)
         if labels is not None:
             phase = loss_phase or self.loss_phase
@@ -270,6 +267,28 @@ class NviumForCausalLM(NviumPreTrainedModel, GenerationMixin):
                 heads = [F.linear(a, self.head_weight(k)) for k, a in enumerate(kept)]
                 output.exit_logits = torch.stack(heads, -2)
         return output if return_dict is not False else output.to_tuple()
+
+    def layer_states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> list[Tensor]:
+        """Residual streams `[B, T, H]`: entry 0 enters the first layer, entry i leaves layer i.
+        Arguments as in `forward`."""
+        hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        mask, positions = self._mask_and_positions(
+            hidden, attention_mask, position_ids, past_key_values
+        )
+        return [hidden, *self.model(hidden, positions, mask, past_key_values, **kwargs)]
+
+    def exit_states(self, input_ids: Tensor, **inputs: Any) -> list[Tensor]:
+        """Residual streams `x_k [B, T, H]` at the K exits; arguments as in `layer_states`."""
+        states = self.layer_states(input_ids, **inputs)
+        return [states[depth] for depth in self.config.depths]
 
     def _mask_and_positions(
         self,

@@ -1,0 +1,266 @@
+"""`nvium:pretrain`: text in, checkpoint out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tenfold.capabilities import Context, Dataset
+from tenfold.errors import ConfigError
+from tenfold.lm.packing import PackedRows, pack_tokens
+from tenfold.lm.plan import TrainingPlan
+from tenfold.lm.tokenizer import TokenizerMixin, train_bpe
+from tenfold.lm.training import fit_causal_lm
+from tenfold.records import Checkpoint, Metric
+from transformers import AutoTokenizer, TrainerCallback
+
+from tenfold_nvium.controller import BaselineCurve, ComputePenaltyController
+from tenfold_nvium.modeling import NviumForCausalLM
+from tenfold_nvium.presets import Preset, dense_twin, preset
+from tenfold_nvium.training import (
+    BASELINE_FILE,
+    CollapseCallback,
+    CurveCallback,
+    NviumLoss,
+    PenaltyCallback,
+    PhaseCallback,
+)
+
+_SHAPE = ("layers", "hidden_size", "heads", "intermediate_size", "vocab_size", "context_length",
+          "steps", "batch_size", "learning_rate", "warmup_ratio", "weight_decay",
+          "compute_penalty", "adapter_size")  # fmt: skip
+
+
+class Pretrainer:
+    """Trains an N-vium (or its dense twin) from scratch on a text dataset.
+
+    A tokenizer is learned from the training texts, unless one is given. Rows are packed to
+    `context_length` tokens; the dataset's `validation` split, or else some rows held out, is
+    evaluated. Every parameter left at None is the preset's.
+
+    Args:
+        dataset: records with a `text`.
+        preset: named shape, see `tenfold_nvium.presets`.
+        exits: depths of early exits, 1-based layer counts; an empty list trains a dense model.
+        router_warmup_ratio: share of the steps with the warm-up term.
+        controller: a baseline curve (`baseline.json` of a dense run): beta is then moved after
+            every evaluation.
+        dense: train the parameter-matched dense twin instead; it writes `baseline.json`.
+        tokenizer: folder of a tokenizer to use, such as another run's checkpoint.
+        bf16: compute in bfloat16 with fp32 weights; None: where the hardware does it natively.
+        eval_rows: most rows that an evaluation reads; 0 evaluates nothing.
+        eval_steps: steps between evaluations; None: 20 over the run with a controller or a
+            dense twin, else at the end only.
+
+    Other parameters: see `TrainingPlan`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        preset: str = "quickstart",
+        layers: int | None = None,
+        hidden_size: int | None = None,
+        heads: int | None = None,
+        intermediate_size: int | None = None,
+        exits: Sequence[int] | None = None,
+        adapter_size: int | None = None,
+        vocab_size: int | None = None,
+        context_length: int | None = None,
+        steps: int | None = None,
+        batch_size: int | None = None,
+        learning_rate: float | None = None,
+        warmup_ratio: float | None = None,
+        weight_decay: float | None = None,
+        compute_penalty: float | None = None,
+        router_warmup_ratio: float = 0.05,
+        controller: str | None = None,
+        dense: bool = False,
+        tokenizer: str | None = None,
+        bf16: bool | None = None,
+        gradient_accumulation: int = 1,
+        gradient_checkpointing: bool = False,
+        eval_rows: int = 64,
+        eval_steps: int | None = None,
+        save_steps: int = 0,
+        seed: int | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name in _SHAPE}
+        self.dataset = dataset
+        self.shape = _shaped(preset, given, exits)
+        self.router_warmup_ratio = router_warmup_ratio
+        self.controller = controller
+        self.dense = dense
+        self.tokenizer = tokenizer
+        self.bf16 = bf16
+        self.gradient_accumulation = gradient_accumulation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.eval_rows, self.eval_steps, self.save_steps = eval_rows, eval_steps, save_steps
+        self.seed = seed
+        if controller and dense:
+            raise ConfigError("a dense twin has no compute penalty to control; drop `controller`")
+        if controller:
+            BaselineCurve.load(controller)  # a wrong path fails now, not after the packing
+        self.shape.config()  # so does an impossible shape
+
+    def fit(self, ctx: Context, model: Any | None, data: Mapping[str, Dataset]) -> Checkpoint:
+        """Trains and saves `ctx.work_dir / "checkpoint"` (weights, tokenizer, `training.json`;
+        `baseline.json` when evaluations were made); resumes an interrupted call.
+
+        Raises:
+            ConfigError: too little text, or a baseline of other data.
+        """
+        seed = ctx.seed if self.seed is None else self.seed
+        with ctx.progress("preparing text", None, "") as bar:
+            tokenizer, rows, held_out = self._rows(seed)
+            bar.advance(len(rows))
+        network = self._model(len(tokenizer), tokenizer, seed)
+        plan = self._plan(ctx, seed, held_out is not None)
+        facts = {"data": rows.fingerprint(), "vocabulary": _Vocabulary(tokenizer).vocabulary_hash}
+        warmup = 0 if self.dense else max(1, int(plan.steps * self.router_warmup_ratio))
+        phase = PhaseCallback(network, warmup, plan.log_steps)
+        curve = CurveCallback()
+        callbacks: list[TrainerCallback] = [phase, curve]
+        callbacks += self._penalty(network, facts)
+        if network.num_exits > 1:
+            callbacks.append(CollapseCallback(network.num_exits, warmup))
+        checkpoint = fit_causal_lm(
+            ctx, network, tokenizer, rows, plan, compute_loss=NviumLoss(phase),
+            callbacks=callbacks, eval_dataset=held_out,
+        )  # fmt: skip
+        baseline = curve.curve(**facts)
+        if baseline is not None and ctx.rank == 0:
+            baseline.save(checkpoint.path / BASELINE_FILE)
+        size = sum(p.numel() for p in network.parameters())
+        metrics = [*checkpoint.metrics, Metric("parameters", float(size), 1)]
+        return Checkpoint(checkpoint.path, metrics)
+
+    def _rows(self, seed: int) -> tuple[Any, PackedRows, PackedRows | None]:
+        """Tokenizer, training rows, held-out rows."""
+        texts = _texts(self.dataset.load())
+        tokenizer = (
+            AutoTokenizer.from_pretrained(self.tokenizer, local_files_only=True)
+            if self.tokenizer
+            else train_bpe(texts, self.shape.vocab_size)
+        )
+        rows = pack_tokens(texts, tokenizer, self.shape.context_length)
+        if self.eval_rows <= 0:
+            return tokenizer, rows, None
+        if "validation" in self.dataset.splits():
+            other = _texts(self.dataset.load("validation"))
+            held = pack_tokens(other, tokenizer, self.shape.context_length)
+            return tokenizer, rows, PackedRows(_spread(held.tokens, self.eval_rows))
+        count = min(self.eval_rows, len(rows) // 10)
+        if count == 0:
+            return tokenizer, rows, None
+        rows, held = rows.split(count, seed)
+        return tokenizer, rows, held
+
+    def _model(self, vocabulary: int, tokenizer: Any, seed: int) -> NviumForCausalLM:
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        config = self.shape.config(
+            vocab_size=vocabulary, pad_token_id=tokenizer.pad_token_id, **ends
+        )
+        if self.dense:
+            config = dense_twin(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = NviumForCausalLM(config)
+        if self.gradient_checkpointing:
+            network.gradient_checkpointing_enable()
+        return network
+
+    def _plan(self, ctx: Context, seed: int, evaluates: bool) -> TrainingPlan:
+        shape, interval = self.shape, self.eval_steps
+        if interval is None:
+            interval = max(1, shape.steps // 20) if self.controller or self.dense else 0
+        return TrainingPlan(
+            steps=shape.steps,
+            batch_size=shape.batch_size,
+            learning_rate=shape.learning_rate,
+            warmup_ratio=shape.warmup_ratio,
+            weight_decay=shape.weight_decay,
+            context_length=shape.context_length,
+            bf16=native_bf16(ctx.device) if self.bf16 is None else self.bf16,
+            gradient_accumulation=self.gradient_accumulation,
+            eval_steps=interval if evaluates else 0,
+            save_steps=self.save_steps,
+            seed=seed,
+        )
+
+    def _penalty(
+        self, network: NviumForCausalLM, facts: Mapping[str, Any]
+    ) -> list[TrainerCallback]:
+        """The controller's callback, when one was asked for."""
+        if not self.controller:
+            return []
+        baseline = BaselineCurve.load(self.controller)
+        baseline.check(facts)
+        penalty = ComputePenaltyController(baseline, beta=self.shape.compute_penalty)
+        return [PenaltyCallback(network, penalty)]
+
+
+class DensePretrainer(Pretrainer):
+    """`Pretrainer` with `dense = True`: the parameter-matched baseline of a preset."""
+
+    def __init__(self, dataset: Dataset, **settings: Any) -> None:
+        super().__init__(dataset, dense=True, **settings)
+
+
+class _Vocabulary(TokenizerMixin):
+    """Content hash of a tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+
+def _shaped(name: str, given: Mapping[str, Any], exits: Sequence[int] | None) -> Preset:
+    """The preset with what was given put in its place."""
+    chosen = preset(name)
+    changes = {key: value for key, value in given.items() if value is not None}
+    if exits is not None:
+        changes["exits"] = tuple(exits)
+    elif changes.get("layers", chosen.layers) != chosen.layers:
+        from tenfold_nvium.configuration import even_exits
+
+        changes["exits"] = tuple(even_exits(changes["layers"], len(chosen.exits) + 1))
+    if "hidden_size" in changes:
+        from tenfold_nvium.configuration import ceil_to
+
+        # Widths that belong to the preset's own hidden size do not carry over.
+        changes.setdefault("intermediate_size", ceil_to(8 * changes["hidden_size"] / 3))
+        changes.setdefault("adapter_size", None)
+        changes.setdefault("router_intermediate_size", None)
+    return replace(chosen, **changes)
+
+
+def _texts(records: Iterable[Any]) -> list[str]:
+    return [record.text for record in records]
+
+
+def _spread(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` rows at equal distances, or all of them."""
+    if tokens.shape[0] <= count:
+        return tokens
+    return tokens[torch.linspace(0, tokens.shape[0] - 1, count).long()]
+
+
+def native_bf16(device: str) -> bool:
+    """Whether bfloat16 is fast on a device: GPUs from Ampere on, CPUs with bf16 instructions
+    (without them it is emulated, tens of times slower than fp32)."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _cpu_has_bf16()
+    return False
+
+
+def _cpu_has_bf16() -> bool:
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text() if flags.is_file() else ""
+    return "avx512_bf16" in text or "amx_bf16" in text
