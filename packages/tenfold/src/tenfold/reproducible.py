@@ -38,4 +38,6 @@ def settle(settings: Mapping[str, Any], seed: int) -> None:
     if settings["deterministic"]:
         # Operations that have no deterministic form warn instead of failing.
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Filling fresh memory finds bugs in kernels; it costs time and changes no result.
+        torch.utils.deterministic.fill_uninitialized_memory = False
         torch.backends.cudnn.benchmark = False
