@@ -206,6 +206,37 @@ def test_each_law_catches_the_component_that_breaks_it(data_findings, subject):
     assert (subject, BREACHES[subject]) in broken(data_findings)
 
 
+def test_core_hf_passes_every_law(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    import torch
+    from tenfold.lm.tokenizer import train_bpe
+    from tenfold.registry import load_registry
+    from tenfold.testing.building import Workbench
+    from tenfold.testing.kit import check_component
+
+    monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
+    tokenizer = train_bpe([Path(__file__).read_text()], 400)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.4,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    registry = load_registry(lenient=True)
+    settings = {"core:hf": {"checkpoint": str(tmp_path / "model")}}
+    with Workbench(registry, settings) as bench:
+        findings = list(check_component(registry.component("model", "core:hf"), bench))
+    assert {f.status for f in findings} == {"pass"}, [f.line() for f in findings]
+    assert len(findings) > 20
+
+
 def test_an_unknown_plugin_is_one_finding():
     [finding] = check_plugin("no-such-plugin")
     assert finding.status == "fail"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,9 +24,18 @@ def _plain(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Prints aligned columns under their titles; the last column is not padded."""
+    """Prints aligned columns under their titles; on a terminal, lines are cut to its width."""
+    width = _terminal_width()
     for line in table_lines(columns, rows):
-        print(line)
+        print(line if width is None or _width(line) <= width else f"{line[: width - 1]}…")
+
+
+def _terminal_width() -> int | None:
+    """Columns of the terminal; None when stdout is none (a file gets whole lines)."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or None
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def table_lines(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

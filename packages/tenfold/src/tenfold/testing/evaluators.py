@@ -3,16 +3,18 @@ add up."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from tenfold.errors import CapabilityError, ConfigError
+from tenfold.errors import CapabilityError, ComponentError, ConfigError
 from tenfold.host import Host
 from tenfold.plan import with_implied
 from tenfold.registry import Component
 from tenfold.run import Options
 from tenfold.store import RunStore
 from tenfold.testing.building import SERVICE_TAG, Workbench
-from tenfold.testing.findings import NotApplicableError, require
+from tenfold.testing.findings import LawBrokenError, NotApplicableError, require
 
 LIMIT = 4
 """Items per run."""
@@ -117,8 +119,20 @@ def _run(
     except (CapabilityError, ConfigError) as error:
         # Roles and parameters that the description calls optional may still be needed.
         raise NotApplicableError(f"does not run with its defaults: {error}") from error
-    require(outcome.failed == 0, f"{outcome.failed} items failed; {outcome.message}")
+    if outcome.failed:
+        _judge_failures(outcome.run_dir)
     require(outcome.status == "ok", f"the run ended {outcome.status}: {outcome.message}")
     items = {line.id: line.values for line in RunStore(outcome.run_dir).ordered_lines()}
     require(may_be_empty or len(items) == outcome.done, "an item id comes twice")
     return items
+
+
+def _judge_failures(run_dir: Path) -> None:
+    """Failed items are the evaluator's fault unless each is a clear error of the set-up, such
+    as a prompt that is longer than the chosen model's context."""
+    lines = (run_dir / "failures.jsonl").read_text(encoding="utf-8").splitlines()
+    errors = [str(json.loads(line)["error"]) for line in lines]
+    clear = (CapabilityError, ComponentError, ConfigError)
+    if errors and all(error.startswith(tuple(c.__name__ for c in clear)) for error in errors):
+        raise NotApplicableError(f"items do not suit the components at hand: {errors[0]}")
+    raise LawBrokenError(f"{len(errors)} items failed: {errors[0] if errors else 'no reason kept'}")

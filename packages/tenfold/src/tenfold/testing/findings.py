@@ -48,14 +48,18 @@ def check(subject: str, law: str, function: Callable[..., None], *arguments: Any
     try:
         function(*arguments)
     except NotApplicableError as reason:
-        return Finding(subject, law, SKIP, str(reason))
+        return Finding(subject, law, SKIP, _one_line(reason))
     except WeaknessError as weakness:
-        return Finding(subject, law, WARN, str(weakness))
+        return Finding(subject, law, WARN, _one_line(weakness))
     except LawBrokenError as breach:
-        return Finding(subject, law, FAIL, str(breach))
+        return Finding(subject, law, FAIL, _one_line(breach))
     except Exception as error:
         return Finding(subject, law, FAIL, describe_error(error))
     return Finding(subject, law, PASS)
+
+
+def _one_line(message: BaseException) -> str:
+    return " ".join(str(message).split())
 
 
 def require(holds: bool, message: str) -> None:
