@@ -85,7 +85,7 @@ class Server:
                 if headers.get("content-length", len(raw)) != len(raw):
                     self.close_connection = True
 
-            def log_message(self, *args):
+            def log_message(self, format, *args):
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
