@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tenfold.builtin.hf import load
 from tenfold.capabilities import Context, Dataset
 from tenfold.errors import ConfigError
+from tenfold.lm import architecture
 from tenfold.lm.packing import PackedRows, pack_tokens
 from tenfold.lm.plan import TrainingPlan
 from tenfold.lm.tokenizer import train_bpe
@@ -62,6 +63,8 @@ class LanguageModelTrainer:
         if self.init and model is not None:
             raise ConfigError("the trainer has both `init` and a model; keep one")
         network, tokenizer = self._start(model, seed)
+        self._check_context(network)
+        size = float(sum(p.numel() for p in network.parameters()))
         rows = pack_tokens(self._texts(), tokenizer, self.context_length)
         held_out = self._held_out(tokenizer)
         if held_out is None and (count := min(self.eval_rows, len(rows) // 10)):
@@ -70,7 +73,6 @@ class LanguageModelTrainer:
             network.gradient_checkpointing_enable()
         plan = TrainingPlan(context_length=self.context_length, seed=seed, **self.plan)
         checkpoint = fit_causal_lm(ctx, network, tokenizer, rows, plan, eval_dataset=held_out)
-        size = float(sum(p.numel() for p in network.parameters()))
         return Checkpoint(checkpoint.path, [*checkpoint.metrics, Metric("parameters", size, 1)])
 
     def _texts(self, split: str = "") -> Iterator[str]:
@@ -83,9 +85,19 @@ class LanguageModelTrainer:
         """Rows of the dataset's `validation` split, where it has one."""
         if self.eval_rows == 0 or "validation" not in self.dataset.splits():
             return None
-        rows = pack_tokens(self._texts("validation"), tokenizer, self.context_length)
+        try:
+            rows = pack_tokens(self._texts("validation"), tokenizer, self.context_length)
+        except ConfigError:  # too few tokens for a row; training rows are held out instead
+            return None
         step = max(1, len(rows) // self.eval_rows)
         return PackedRows(rows.tokens[::step][: self.eval_rows])
+
+    def _check_context(self, network: Any) -> None:
+        limit = architecture.context_length(network)
+        if self.context_length > limit:
+            raise ConfigError(
+                f"context_length {self.context_length} is beyond the model's own of {limit} tokens"
+            )
 
     def _start(self, model: Any | None, seed: int) -> tuple[Any, Any]:
         """The network to train, with its tokenizer."""

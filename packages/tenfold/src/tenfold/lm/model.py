@@ -15,19 +15,21 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig as EngineConfig
 
-from tenfold.capabilities import HiddenStates, Prompt, Session, StepOutput, TokenBatch
+from tenfold.capabilities import HiddenStates, Session, StepOutput, TokenBatch
 from tenfold.errors import ConfigError
 from tenfold.lm import architecture, constraints, weights
-from tenfold.lm.batching import length_buckets, pad_batch, position_ids
+from tenfold.lm.batching import pad_batch, position_ids
+from tenfold.lm.generation import GenerateMixin
 from tenfold.lm.losses import CHUNK_TOKENS, shifted_nll, shifted_token_nll
-from tenfold.lm.prompts import PromptMixin
-from tenfold.lm.sampling import GeneratedRow, GenerationControls, GenerationRow, completion
+from tenfold.lm.sampling import GeneratedRow, GenerationRow
+from tenfold.lm.scoring import ScoreMixin, check_length
 from tenfold.lm.session import CacheSession
-from tenfold.records import Completion, GenerationConfig, TokenScores
-from tenfold.seeds import content_hash, derive
+from tenfold.lm.tokenizer import TokenizerMixin
+from tenfold.records import GenerationConfig
+from tenfold.seeds import content_hash
 
 
-class CausalLM(PromptMixin):
+class CausalLM(TokenizerMixin, GenerateMixin, ScoreMixin):
     """A transformers causal language model with its tokenizer.
 
     Provides `generate score loss grad hidden tokenize step constrain`. Subclasses for models
@@ -74,60 +76,6 @@ class CausalLM(PromptMixin):
 
     # --- generate ---------------------------------------------------------------------------
 
-    def generate(
-        self, prompts: Sequence[Prompt], config: GenerationConfig
-    ) -> list[list[Completion]]:
-        """For each prompt its `config.n` completions.
-
-        Greedy output equals `transformers.generate` and the arg-max of `step`. A sampled one
-        is a function of (weights, prompt, config, seed): each row has a generator of its own.
-        Generation ends at an end token (kept in `token_ids`), a stop string (cut from the
-        text), after `max_new_tokens`, or where the model's context is full.
-
-        Raises:
-            ConfigError: a prompt that fills the context, or a constraint that cannot be used.
-        """
-        samples = config.n if config.temperature > 0 else 1
-        rows = [
-            self._generation_row(ids, config, sample)
-            for ids in (self._prompt(prompt, config) for prompt in prompts)
-            for sample in range(samples)
-        ]
-        if config.constraint is not None:
-            self._grammar(config)
-        written = self._generate_rows(rows, config)
-        done = [completion(row, self, self._eos_ids, config.stop) for row in written]
-        repeats = config.n // samples
-        return [done[i : i + samples] * repeats for i in range(0, len(done), samples)]
-
-    def _prompt(self, prompt: Prompt, config: GenerationConfig) -> list[int]:
-        """Prompt ids, with room for at least one token after them."""
-        ids = self.prompt_ids(prompt, config.chat)
-        if len(ids) >= self.context_length:
-            raise ConfigError(
-                f"a prompt of {len(ids)} tokens leaves no room in the model's context of "
-                f"{self.context_length} tokens",
-                hint="shorten the prompt or use a model with a longer context",
-            )
-        return ids
-
-    def _generation_row(
-        self, ids: list[int], config: GenerationConfig, sample: int
-    ) -> GenerationRow:
-        limit = min(config.max_new_tokens, self.context_length - len(ids))
-        return GenerationRow(ids, limit, derive(config.seed or 0, content_hash(ids), sample))
-
-    def _generate_rows(
-        self, rows: Sequence[GenerationRow], config: GenerationConfig
-    ) -> list[GeneratedRow]:
-        """All rows, in batches of similar length; results in order."""
-        written: dict[int, GeneratedRow] = {}
-        sizes = [len(row.ids) + row.limit for row in rows]
-        for bucket in length_buckets(sizes, self.batch_tokens):
-            batch = self._generate_batch([rows[i] for i in bucket], config)
-            written.update(zip(bucket, batch, strict=True))
-        return [written[i] for i in range(len(rows))]
-
     @torch.no_grad()
     def _generate_batch(
         self, rows: Sequence[GenerationRow], config: GenerationConfig
@@ -148,20 +96,6 @@ class CausalLM(PromptMixin):
             )
         return controls.collect(sequences)
 
-    def controls(
-        self, rows: Sequence[GenerationRow], config: GenerationConfig, width: int
-    ) -> GenerationControls:
-        """Processors and stopping rules of a batch whose padded prompts have `width` tokens."""
-        grammar = self._grammar(config)
-        constraint = None
-        if grammar is not None:
-            constraint = constraints.GrammarProcessor(
-                self._grammar_tokenizer, grammar, len(rows), width
-            )
-        return GenerationControls(
-            rows, config, width=width, tokenizer=self, eos_ids=self._eos_ids, constraint=constraint
-        )
-
     @contextmanager
     def _plain_generation(self) -> Any:
         """Sets the checkpoint's own sampling defaults (repetition penalties and the like)
@@ -173,56 +107,7 @@ class CausalLM(PromptMixin):
         finally:
             self.model.generation_config = before
 
-    # --- constrain --------------------------------------------------------------------------
-
-    @cached_property
-    def _grammar_tokenizer(self) -> Any:
-        return constraints.grammar_tokenizer(
-            self.tokenizer, self.vocabulary_size, sorted(self._eos_ids)
-        )
-
-    def _grammar(self, config: GenerationConfig) -> str | None:
-        if config.constraint is None:
-            return None
-        return constraints.compile_grammar(config.constraint)
-
-    # --- score and loss ---------------------------------------------------------------------
-
-    @torch.no_grad()
-    def score(self, pairs: Sequence[tuple[Prompt, str | Sequence[int]]]) -> list[TokenScores]:
-        """For each (context, continuation) the continuation's token log-probabilities.
-
-        Equals minus `token_loss` of the joined tokens. Context and continuation are encoded
-        separately; pass ids where token boundaries matter.
-
-        Raises:
-            ConfigError: context and continuation do not fit the model's context.
-        """
-        contexts = [self.prompt_ids(context) for context, _ in pairs]
-        targets = [self.continuation_ids(continuation) for _, continuation in pairs]
-        rows = [c + t for c, t in zip(contexts, targets, strict=True)]
-        self._check_length(max(map(len, rows), default=0))
-        results: dict[int, TokenScores] = {}
-        for bucket in length_buckets([len(r) for r in rows], self.batch_tokens):
-            batch = pad_batch(
-                [rows[i] for i in bucket],
-                self.pad_id,
-                loss_from=[len(contexts[i]) for i in bucket],
-                device=self.device,
-            )
-            losses = self.token_loss(batch).cpu()
-            for line, i in zip(losses, bucket, strict=True):
-                values = (-line[len(contexts[i]) : len(rows[i])]).tolist()
-                results[i] = TokenScores(targets[i], values)
-        return [results[i] for i in range(len(rows))]
-
-    def _check_length(self, longest: int) -> None:
-        if longest > self.context_length:
-            raise ConfigError(
-                f"a sequence of {longest} tokens does not fit the model's context of "
-                f"{self.context_length} tokens",
-                hint="shorten the texts or use a model with a longer context",
-            )
+    # --- loss ------------------------------------------------------------------------------
 
     def token_loss(self, batch: TokenBatch) -> Tensor:
         """`[B, T]` nats; entry t is `-log p(x_t | x_<t)`, 0 where not scored; differentiable.
@@ -259,7 +144,7 @@ class CausalLM(PromptMixin):
     def _inputs(self, batch: TokenBatch) -> dict[str, Any]:
         """Forward arguments of a batch padded on either side."""
         if batch.input_ids.shape[1] > self.context_length:  # padding may be what is too long
-            self._check_length(int(batch.attention_mask.sum(-1).max()))
+            check_length(int(batch.attention_mask.sum(-1).max()), self.context_length)
         arguments = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,

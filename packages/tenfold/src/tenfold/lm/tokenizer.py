@@ -76,6 +76,12 @@ class TokenizerMixin:
         return pad if pad is not None else eos if eos is not None else 0
 
     @property
+    def start_id(self) -> int:
+        """The token that texts start after: begin-of-sequence, else end-of-sequence."""
+        begin = getattr(self.tokenizer, "bos_token_id", None)
+        return begin if begin is not None else self.pad_id if self.eos_id is None else self.eos_id
+
+    @property
     def vocabulary_size(self) -> int:
         """Number of ids, added tokens included."""
         return len(self.tokenizer)

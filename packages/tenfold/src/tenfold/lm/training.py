@@ -8,6 +8,7 @@ process group that the launcher prepared.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ def fit_causal_lm(
     target = Path(ctx.work_dir) / "checkpoint"
     identity = _identity(ctx, model, packed_dataset, plan)
     _join(ctx)
+    _agree(identity)
     if (done := _finished(target, identity)) is not None:
         return done
     claim_folder(states, identity)
@@ -116,12 +118,25 @@ def fit_causal_lm(
 
 def _join(ctx: Context) -> None:
     """Makes the process group, so that every later step can agree among processes."""
+    if ctx.device == "cpu":
+        # Accelerate imports DeepSpeed wherever it is installed, and that looks for a GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if ctx.world_size > 1 and process.uses_deepspeed():
         deepspeed.prepare_environment(ctx.device)
     if ctx.world_size > 1:
         process.init_process_group(ctx.device)
         if process.uses_deepspeed():
             deepspeed.configure_accelerate(ctx.device)
+
+
+def _agree(identity: dict[str, Any]) -> None:
+    """Raises RunFailed when the processes have prepared different models or data."""
+    others = process.gather_objects(identity)
+    if changed := sorted({k for other in others for k in identity if other[k] != identity[k]}):
+        raise RunFailed(
+            f"the processes disagree about {', '.join(changed)}",
+            hint="data and models must be the same on every process; check seeds and files",
+        )
 
 
 def _identity(ctx: Context, model: Any, rows: Any, plan: TrainingPlan) -> dict[str, Any]:
