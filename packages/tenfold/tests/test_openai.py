@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import json
 import os
@@ -80,8 +81,9 @@ class Server:
                 self.send_response(status)
                 for name, value in {"content-length": len(raw), **headers}.items():
                     self.send_header(name, str(value))
-                self.end_headers()
-                self.wfile.write(raw)
+                with contextlib.suppress(ConnectionError):  # a client that gave up waiting
+                    self.end_headers()
+                    self.wfile.write(raw)
                 if headers.get("content-length", len(raw)) != len(raw):
                     self.close_connection = True
 
