@@ -155,7 +155,8 @@ def site(tmp_path_factory):
     """The built site; building strictly is a law of its own."""
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(folder)],
+        # Not --quiet: that would hide the warnings which --strict counts.
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)],
         cwd=ROOT,
         capture_output=True,
         text=True,
