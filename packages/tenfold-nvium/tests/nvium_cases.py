@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from tenfold.records import TextRecord
+from tenfold.seeds import content_hash
 from tenfold_nvium.configuration import NviumConfig
 from tenfold_nvium.modeling import NviumForCausalLM
 
@@ -38,3 +40,26 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> 
     model = NviumForCausalLM(tiny_config(**changes)).to(dtype).eval()
     shake(model, seed)
     return model
+
+
+TEXTS = [
+    f"def add_{i}(a, b):\n    # adds {i} numbers\n    return a + b + {i}\n" for i in range(60)
+] + [f"class Point{i}:\n    def __init__(self, x):\n        self.x = x * {i}\n" for i in range(40)]
+
+
+class Texts:
+    """A dataset of toy code."""
+
+    kind = "text"
+
+    def __init__(self, texts=TEXTS) -> None:
+        self._records = [TextRecord(id=str(i), text=text) for i, text in enumerate(texts)]
+
+    def splits(self):
+        return ["train"]
+
+    def load(self, split="", limit=None, shuffle_seed=None):
+        return iter(self._records[:limit])
+
+    def fingerprint(self, split="") -> str:
+        return content_hash([r.text for r in self._records])
