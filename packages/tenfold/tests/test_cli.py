@@ -15,6 +15,7 @@ from tenfold.cli import COMMANDS, main
 from tenfold.cli.completion import completion_script
 from tenfold.cli.snippet import snippet, toml_value
 from tenfold.errors import ConfigError
+from tenfold.host import Host
 from tenfold.registry import load_registry
 from tenfold.tomledit import set_member
 
@@ -193,11 +194,18 @@ def test_listing_filters_by_kind_capability_tag_and_plugin(call):
     assert ids("--tag", "no-such-tag") == []
 
 
-def test_every_snippet_is_a_run_file_with_its_component(call):
+def test_every_snippet_plans_as_it_stands_or_says_what_to_change():
+    """With the plugins that are really installed."""
     registry = load_registry(lenient=True)
+    host = Host(registry=registry)
     for component in registry.items:
         text = snippet(component, registry)
-        assert component.id in json.dumps(tomllib.loads(text)), text
+        table = tomllib.loads(text)
+        assert component.id in json.dumps(table), text
+        if "change me" not in text:
+            host.plan(host.resolve(table)).require_fit()
+    planned = [c.id for c in registry.items if "change me" not in snippet(c, registry)]
+    assert {"core:echo", "core:tiny-lm", "core:perplexity", "core:python-stdlib"} <= set(planned)
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,9 @@ def snippet(component: Component, registry: Registry) -> str:
             lines += ["", f"[{_table(kind, role)}]", *_body(filler, registry, filler is component)]
     if task.kind in ("evaluator", "trainer"):
         lines += ["", f"[{task.kind}]", *_body(task, registry, task is component)]
-    elif task is component:
+    else:
         lines += ["", f"[{component.kind}]", *_body(component, registry, True)]
+        lines += ["", "# change me: no installed evaluator or trainer takes it; add [evaluator]"]
     return "\n".join(lines)
 
 
@@ -70,7 +71,8 @@ def _candidate(registry: Registry, kind: str, wanted: tuple[str, ...]) -> Compon
 
 
 def _task_for(component: Component, registry: Registry) -> Component | None:
-    """An evaluator that accepts this model or dataset and asks least besides."""
+    """An evaluator (or else a trainer) that accepts this model or dataset and asks least
+    besides."""
 
     def accepts(task: Component) -> bool:
         needs = task.spec.requires if component.kind == "model" else task.spec.data
@@ -82,7 +84,10 @@ def _task_for(component: Component, registry: Registry) -> Component | None:
         roles = len(_roles(spec, spec.requires)) + len(_roles(spec, spec.data))
         return _missing(spec) * 10 + roles, task.plugin != component.plugin
 
-    return min(filter(accepts, registry.components("evaluator")), key=cost, default=None)
+    for kind in ("evaluator", "trainer"):
+        if tasks := list(filter(accepts, registry.components(kind))):
+            return min(tasks, key=cost)
+    return None
 
 
 def _missing(spec: ComponentSpec) -> int:
@@ -96,16 +101,29 @@ def _body(component: Component | None, registry: Registry, explain: bool) -> lis
     if component is None:
         return ['use = "plugin:name"  # change me: nothing installed fits']
     spec = component.spec
-    lines = [f'use = "{component.id}"']
+    lines = [f'use = "{component.id}"', *_training(spec, registry)]
     for param in spec.params:
         if param.required and not (param.name == "checkpoint" and spec.trainer):
             value = toml_value(_placeholder(param, spec, registry))
             mark = "" if param.component_kind else "change me: "
             lines.append(_commented(f"{param.name} = {value}", mark + param.help))
         elif explain:
-            default = "" if param.default is None else toml_value(param.default)
+            optional = param.required or param.default is None
+            default = "" if optional else toml_value(param.default)
             lines.append(_commented(f"# {param.name} = {default}".rstrip(), param.help))
     return lines
+
+
+def _training(spec: ComponentSpec, registry: Registry) -> list[str]:
+    """The `train` table of a model whose trainer does not do with its defaults."""
+    trainer = next((c for c in registry.components("trainer") if c.id == spec.trainer), None)
+    if trainer is None or not _missing(trainer.spec):
+        return []
+    train: dict[str, Any] = {"use": trainer.id}
+    for param in trainer.spec.params:
+        if param.required:
+            train[param.name] = _placeholder(param, trainer.spec, registry)
+    return [f"train = {toml_value(train)}"]
 
 
 def _commented(text: str, comment: str) -> str:

@@ -97,6 +97,8 @@ def _filler(
             bench.build(candidate)
         except NotApplicableError:
             continue
+        except LawBrokenError as error:
+            raise NotApplicableError(f"{candidate.id} {error}") from error
         return bench.table(candidate)
     raise NotApplicableError(
         f"no {kind} that offers {', '.join(wanted) or 'anything'} for {role!r} builds by itself"
