@@ -194,6 +194,13 @@ def test_one_sided_views_compute_base_losses(model, tmp_path):
     assert row["score"] == pytest.approx(row["losses"]["ascent"] - row["losses"]["base"])
 
 
+def test_small_groups_can_be_left_out(model, tmp_path):
+    _, _, results = evaluate(model, tmp_path, query_set("abcdefgh"), min_group=2)
+    assert {g["name"] for g in results[0].values["rollups"]["module"]} == {"m0", "m1", "m2"}
+    _, _, results = evaluate(model, tmp_path, query_set("abcdefgh"))
+    assert {g["n"] for g in results[0].values["rollups"]["module"]} == {1, 2}
+
+
 def test_metrics_carry_intervals_and_counts(model, tmp_path):
     ctx, evaluator, results = evaluate(model, tmp_path, query_set("abcdefgh", "zyxwvuts"))
     metrics = {m.name: m for m in evaluator.aggregate(ctx, results)}
@@ -248,6 +255,7 @@ def test_report_of_failed_runs_says_so(tmp_path):
         ({"view": "raw"}, "known: signed"),
         ({"top_k": 0}, "top_k is 0"),
         ({"steps": 0}, "steps is 0"),
+        ({"min_group": 0}, "min_group is 0"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"damping": -1.0}, "damping is -1.0"),
         ({"fisher": "diag"}, "fisher is 'diag'"),

@@ -80,9 +80,14 @@ def _describe_sample(
 
 
 def describe_rollups(
-    result: AttributionResult, columns: Sequence[str], how: str, view: str, seed: int
+    result: AttributionResult,
+    columns: Sequence[str],
+    how: str,
+    view: str,
+    seed: int,
+    min_group: int = 1,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The largest groups of each column that the corpus has."""
+    """The groups with the largest values, of each column that the corpus has."""
     out = {}
     for column in columns:
         if not result.dataset.has_column(column):
@@ -96,7 +101,7 @@ def describe_rollups(
                 "n": g.n,
                 "best": g.best,
             }
-            for g in groups[:MAX_GROUPS]
+            for g in [g for g in groups if g.n >= min_group][:MAX_GROUPS]
         ]
         out[column] = rows
     return out

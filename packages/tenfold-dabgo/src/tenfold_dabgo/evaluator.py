@@ -180,7 +180,7 @@ class Attribution:
             "how": settings.how,
             **describe.describe_ranking(result, model, settings.top_k, view),
             "rollups": describe.describe_rollups(
-                result, settings.columns, settings.how, view, settings.seed
+                result, settings.columns, settings.how, view, settings.seed, settings.min_group
             ),
             "points": describe.describe_points(
                 result, [r.index for rows in ends.values() for r in rows]

@@ -52,6 +52,7 @@ _OUTPUT = (
     Param("columns", "list[str]", ("module", "package", "author"),
           "metadata columns of the roll-ups"),
     Param("how", "str", "mean", "roll-up: sum, mean, max, share or topk_mean:<k>"),
+    Param("min_group", "int", 1, "leave smaller groups out of the roll-ups", minimum=1),
     Param("compare", "list[str]", (), "methods to compare with", choices=_METHODS),
     Param("base_losses", "bool", False, "also evaluate the unchanged model"),
 )  # fmt: skip

@@ -37,6 +37,7 @@ class AttributionSettings:
     top_k: int = 10
     columns: Sequence[str] = ("module", "package", "author")
     how: str = "mean"
+    min_group: int = 1
     compare: Sequence[str] = ()
     rule: str = "natural_gradient"
     steps: int = 10
@@ -76,6 +77,8 @@ class AttributionSettings:
             _known("view", self.view, VIEWS)
         if self.top_k < 1:
             raise ConfigError(f"top_k is {self.top_k}; it must be at least 1")
+        if self.min_group < 1:
+            raise ConfigError(f"min_group is {self.min_group}; it must be at least 1")
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}; it must be at least 1")
         if (self.fisher == "file") != (self.fisher_path is not None):
