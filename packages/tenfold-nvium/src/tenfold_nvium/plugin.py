@@ -173,3 +173,47 @@ def tenfold_trainers() -> list[ComponentSpec]:
             extras=_EXTRAS,
         ),
     ]  # fmt: skip
+
+
+_SAMPLING = (
+    Param("max_new_tokens", "int", 48, "tokens to generate per prompt", minimum=0),
+    Param("temperature", "float", 1.0, "0 decodes greedily, 1 samples the mixture", minimum=0.0),
+    Param("top_k", "int", None, "keep so many tokens", minimum=1),
+    Param("top_p", "float", 1.0, "keep this much probability", minimum=0.0, maximum=1.0),
+)
+
+
+@hookimpl
+def tenfold_evaluators() -> list[ComponentSpec]:
+    data = {"dataset": ("prompt", "text")}
+    return [
+        ComponentSpec(
+            "profile",
+            "tenfold_nvium.profile:Profile",
+            "Where tokens leave and how good each head is; text shaded by depth",
+            params=(
+                *_SAMPLING,
+                Param("max_text_tokens", "int", 256, "longest text that is scored", minimum=2),
+            ),
+            requires={"model": ("exits", "generate", "tokenize")},
+            data=data,
+            modules=_HEAVY,
+            extras=_EXTRAS,
+        ),
+        ComponentSpec(
+            "exactness",
+            "tenfold_nvium.exactness:Exactness",
+            "Checks that piggybacked decoding equals full recomputation on a checkpoint",
+            params=(
+                Param("max_new_tokens", "int", 32, "tokens per prompt", minimum=1),
+                Param("max_prompt_tokens", "int", 32, "longer prompts keep their end", minimum=1),
+                Param("policy", "str", "sample", "exit policy to check"),
+                Param("float64", "bool", True, "check a copy of the model in fp64"),
+                Param("max_deferred", "int", None, "most positions to defer", minimum=1),
+            ),
+            requires={"model": ("exits", "generate", "tokenize")},
+            data=data,
+            modules=_HEAVY,
+            extras=_EXTRAS,
+        ),
+    ]
