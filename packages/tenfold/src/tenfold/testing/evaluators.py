@@ -121,6 +121,8 @@ def _run(
     except (CapabilityError, ConfigError) as error:
         # Roles and parameters that the description calls optional may still be needed.
         raise NotApplicableError(f"does not run with its defaults: {error}") from error
+    if outcome.status == "interrupted":
+        raise KeyboardInterrupt
     if outcome.failed:
         _judge_failures(outcome.run_dir)
     require(outcome.status == "ok", f"the run ended {outcome.status}: {outcome.message}")
