@@ -6,6 +6,7 @@ estimated is in `fisher_estimate`.
 
 from __future__ import annotations
 
+import math
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -47,10 +48,14 @@ class FisherDiagonal:
     warnings: list[str] = field(default_factory=list)
 
     def mean(self, names: Mapping[str, Any] | None = None) -> float:
-        """Mean over all weights, or over those named."""
+        """Mean over all weights, or over those named.
+
+        Summed exactly, so that a Fisher read from a file, whose tensors come in another order,
+        has the same mean to the last bit.
+        """
         chosen = [v for n, v in self.values.items() if names is None or n in names]
         count = sum(v.numel() for v in chosen)
-        return sum(float(v.double().sum()) for v in chosen) / max(count, 1)
+        return math.fsum(float(v.double().sum()) for v in chosen) / max(count, 1)
 
     def quantiles(self, points: tuple[float, ...] = (0.1, 0.5, 0.9)) -> dict[float, float]:
         """Quantiles over all weights (of at most 2^20 evenly spaced ones)."""
