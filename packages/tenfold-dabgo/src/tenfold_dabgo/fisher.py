@@ -6,8 +6,8 @@ estimated is in `fisher_estimate`.
 
 from __future__ import annotations
 
-import math
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
