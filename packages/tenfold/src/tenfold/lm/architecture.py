@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -70,7 +71,14 @@ def blocks(model: Any) -> nn.ModuleList:
 
 def accepts(model: Any, argument: str) -> bool:
     """Whether the model's forward pass takes an argument of this name."""
-    return argument in inspect.signature(model.forward).parameters
+    return argument in _forward_arguments(type(model))
+
+
+@cache
+def _forward_arguments(kind: type) -> frozenset[str]:
+    """Kept by class: decoding asks once per token."""
+    model_class: Any = kind
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 @contextmanager

@@ -114,6 +114,8 @@ class HostCallback(TrainerCallback):
     ) -> None:
         """Advances the bar; once interrupted, saves and stops, on all processes alike."""
         self._advance(1)
+        if state.global_step == state.max_steps:
+            control.should_log = True
         self._interruption.requested = process.any_process(self._interruption.requested)
         if self._interruption.requested and state.global_step < state.max_steps:
             control.should_save = True

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tenfold.errors import ComponentError, ConfigError
+from tenfold.lm.quiet import quiet
 from tenfold.scale.process import local_device
 
 FOLDER_HOLDS = (
@@ -105,15 +106,16 @@ def load_pretrained(
         "revision": revision,
     }
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention,
-            use_safetensors=True,
-            output_loading_info=True,
-            **shared,
-        )
+        with quiet():
+            tokenizer = _tokenizer_class(Path(source)).from_pretrained(source, **shared)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                use_safetensors=True,
+                output_loading_info=True,
+                **shared,
+            )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ComponentError(
@@ -128,6 +130,21 @@ def load_pretrained(
             hint=FOLDER_HOLDS,
         )
     return model, tokenizer
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """What reads a checkpoint's tokenizer.
+
+    `AutoTokenizer` goes by the model's type, and gives a tokenizer of a folder's own the
+    normalizer and splitting rules of that type's original. Where the folder says that
+    `tokenizer.json` is the whole tokenizer, it is.
+    """
+    config = folder / "tokenizer_config.json"
+    if config.is_file() and (folder / "tokenizer.json").is_file():
+        name = str(_read_json(config).get("tokenizer_class"))
+        if name in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            return PreTrainedTokenizerFast
+    return AutoTokenizer
 
 
 def with_adapter(model: Any, adapter: str) -> Any:

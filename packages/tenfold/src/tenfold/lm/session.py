@@ -93,7 +93,7 @@ class CacheSession:
 
     def _next_positions(self, real: Tensor) -> Tensor:
         steps = (real.long().cumsum(-1) - 1).clamp_min(0)
-        if self._positions is None or self._valid is None:
+        if self._positions is None or self._valid is None or self.length == 0:
             return steps
         last = self._positions.masked_fill(~self._valid, -1).amax(dim=1, keepdim=True)
         return last + 1 + steps

@@ -169,15 +169,16 @@ def token_pieces(tokenizer: Tokenizes, ids: Sequence[int]) -> list[str]:
 def _windowed_pieces(tokenizer: Tokenizes, ids: list[int]) -> list[str]:
     """Linear time: each token is decoded behind a few tokens of context."""
     pieces: list[str] = []
-    start = done = 0  # ids[start:done] are context, decoded again with what follows
+    start = done = shown = 0  # ids[start:done] are context; what follows gave `shown` characters
     for end in range(1, len(ids) + 1):
-        known = tokenizer.decode(ids[start:done])
+        known = len(tokenizer.decode(ids[start:done]))
         text = tokenizer.decode(ids[start:end])
-        if end < len(ids) and (text.endswith(_INCOMPLETE) or len(text) <= len(known)):
-            pieces.append("")
-            continue
-        pieces.append(text[len(known) :])
-        start, done = done, end
+        complete = text if end == len(ids) else text.rstrip(_INCOMPLETE)
+        piece = complete[known + shown :]
+        pieces.append(piece)
+        shown += len(piece)
+        if len(complete) == len(text) > known:
+            start, done, shown = done, end, 0
     return pieces
 
 

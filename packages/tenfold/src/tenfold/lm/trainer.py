@@ -124,14 +124,16 @@ class PlanTrainer(Trainer):
 
         Gradients are averaged over processes afterwards, hence the factor `world_size`.
         """
-        result = self._loss_function(model, inputs)
+        count = scored_tokens(inputs)
+        # A part without a scored token has no mean: any labels do, with a share of 0.
+        labels = torch.where(count > 0, inputs["labels"], inputs["input_ids"])
+        result = self._loss_function(model, {**inputs, "labels": labels})
         loss, values = result if isinstance(result, tuple) else (result, {})
         if model.training:
             for name, value in values.items():
                 self._reported.setdefault(name, []).append(float(value))
             if num_items_in_batch is not None:
-                share = scored_tokens(inputs) / num_items_in_batch
-                loss = loss * share * self.args.world_size
+                loss = loss * (count / num_items_in_batch) * self.args.world_size
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:

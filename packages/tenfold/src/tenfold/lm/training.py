@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-import transformers.utils.logging as engine_logging
 from transformers import TrainerCallback, TrainingArguments
 
 from tenfold.capabilities import Context
@@ -26,6 +25,7 @@ from tenfold.errors import ConfigError, RunFailed
 from tenfold.files import disk_full_is_an_error, write_json
 from tenfold.lm.interruption import HostCallback, Interruption, claim_folder, latest_state
 from tenfold.lm.plan import TrainingPlan
+from tenfold.lm.quiet import quiet
 from tenfold.lm.trainer import Collator, ComputeLoss, PlanTrainer, RowStream
 from tenfold.records import Checkpoint, Metric
 from tenfold.scale import deepspeed, process
@@ -88,7 +88,7 @@ def fit_causal_lm(
         ctx.progress("training", plan.steps, "steps") as bar,
         interruption.listening(),
         _training_mode(model),
-        _quiet(),
+        quiet(),
         _clear_failures(states),
     ):
         trainer = PlanTrainer(
@@ -102,7 +102,7 @@ def fit_causal_lm(
         )
         # What it prints goes to the host instead.
         trainer.remove_callback(transformers.PrinterCallback)
-        _check_world_size(ctx, trainer)
+        _check_world_size(ctx, trainer.accelerator.num_processes)
         state = latest_state(states)
         trainer.train(resume_from_checkpoint=None if state is None else str(state))
         if interruption.requested and trainer.state.global_step < plan.steps:
@@ -125,6 +125,7 @@ def _join(ctx: Context) -> None:
         deepspeed.prepare_environment(ctx.device)
     if ctx.world_size > 1:
         process.init_process_group(ctx.device)
+        _check_world_size(ctx, process.obtained_world_size())
         if process.uses_deepspeed():
             deepspeed.configure_accelerate(ctx.device)
 
@@ -179,7 +180,7 @@ def _arguments(
         deepspeed=deepspeed.active_config() if sharded else None,
         accelerator_config={"use_configured_state": sharded},
         seed=plan.seed % 2**32,
-        logging_steps=plan.log_steps,
+        logging_steps=min(plan.log_steps, plan.steps),
         logging_nan_inf_filter=False,
         eval_strategy="steps" if every else "no",
         eval_steps=plan.eval_steps if every else None,
@@ -198,20 +199,7 @@ def _arguments(
     return arguments
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps transformers' own progress bars off the terminal."""
-    shown = engine_logging.is_progress_bar_enabled()
-    engine_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            engine_logging.enable_progress_bar()
-
-
-def _check_world_size(ctx: Context, trainer: PlanTrainer) -> None:
-    obtained = trainer.accelerator.num_processes
+def _check_world_size(ctx: Context, obtained: int) -> None:
     if obtained != ctx.world_size:
         raise RunFailed(
             f"asked for {ctx.world_size} processes, but {obtained} train together",
