@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 
 import pytest
@@ -384,3 +385,41 @@ def test_trace_writes_timings_to_stderr(site):
     done = site.tenfold("list", TENFOLD_TRACE="1")
     assert "trace: load good" in done.stderr
     assert "trace" not in done.stdout
+
+
+def test_observers_are_isolated_from_the_run_and_from_each_other(site, monkeypatch, capsys):
+    source = """
+    from tenfold import PluginInfo, hookimpl
+    seen = []
+
+    @hookimpl
+    def tenfold_plugin():
+        return PluginInfo("{name}", "Watches")
+
+    class Watcher:
+        @hookimpl
+        def tenfold_plugin(self):
+            return PluginInfo("{name}", "Watches")
+
+        @hookimpl
+        def tenfold_item_end(self, item):
+            seen.append(item["id"])
+            if item["id"] == "BAD":
+                raise SystemExit(3)
+
+    watcher = Watcher()
+    """
+    modules = {}
+    for name in ("fragile", "robust"):
+        text = source.replace("BAD", "b" if name == "fragile" else "none")
+        path = site.add(name, text, value="placeholder")
+        entries = site.path / f"fake_{name}-1.0.dist-info" / "entry_points.txt"
+        entries.write_text(f"[tenfold.plugins]\n{name} = {path.stem}:watcher\n")
+        modules[name] = path.stem
+    site.settle()
+    observers = load(site, monkeypatch).observers()
+    for item in ("a", "b", "c"):
+        observers.item_end({}, {"id": item})
+    seen = {name: sys.modules[module].seen for name, module in modules.items()}
+    assert seen == {"fragile": ["a", "b"], "robust": ["a", "b", "c"]}
+    assert "'fragile' failed in tenfold_item_end" in capsys.readouterr().err

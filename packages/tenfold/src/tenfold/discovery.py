@@ -116,10 +116,24 @@ def load_plugin(entry: EntryPoint, sources: Sources | None = None) -> _Loaded | 
         )
     finally:
         sources.files |= _source_files(entry, before)
+    row = _row(entry, info, plugin, manager, heavy, seconds)
+    description, broken = _without_missing_targets(entry, description)
+    return _Loaded(row, description, broken)
+
+
+def _row(
+    entry: EntryPoint,
+    info: PluginInfo,
+    plugin: Any,
+    manager: pluggy.PluginManager,
+    heavy: list[str],
+    seconds: float,
+) -> PluginRow:
+    """What the registry keeps of a plugin, with warnings about what it costs."""
     notes = [f"plugin.py imports {name}; import it where it is used" for name in heavy]
     if seconds > SLOW_IMPORT_SECONDS:
         notes.append(f"importing plugin.py takes {seconds:.2f} CPU-seconds")
-    row = PluginRow(
+    return PluginRow(
         name=entry.name,
         summary=info.summary,
         distribution=entry.dist,
@@ -133,8 +147,6 @@ def load_plugin(entry: EntryPoint, sources: Sources | None = None) -> _Loaded | 
         warnings=tuple(notes + _unmarked(plugin)),
         seconds=seconds,
     )
-    description, broken = _without_missing_targets(entry, description)
-    return _Loaded(row, description, broken)
 
 
 def import_plugin(value: str) -> Any:

@@ -31,11 +31,13 @@ class Observers:
             function = getattr(module, hook, None)
             if function is None:
                 continue
-            # A hook may take fewer arguments than the specification offers, as in pluggy.
-            wanted = function.__code__.co_varnames[: function.__code__.co_argcount]
             try:
+                # A hook may take fewer arguments than the specification offers, as in pluggy;
+                # it may also be a method, whose `self` is no argument.
+                wanted = function.__code__.co_varnames[: function.__code__.co_argcount]
+                wanted = wanted[hasattr(function, "__self__") :]
                 function(**{key: arguments[key] for key in wanted})
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 del self._modules[name]
                 print(
                     f"warning: plugin {name!r} failed in {hook} and no longer watches this run: "
