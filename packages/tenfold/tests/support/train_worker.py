@@ -1,6 +1,7 @@
 """Trains a tiny model in this process (one of several, under a launcher) for the tests.
 
-Usage: train_worker.py FOLDER [SETTING=VALUE ...]; `kill=N` kills the process after step N.
+Usage: train_worker.py FOLDER [SETTING=VALUE ...]; `kill=N` kills the process after step N,
+`term=N` sends SIGTERM to rank 1 then.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ def train(folder, on_advance=None, callbacks=(), compute_loss=None, dropout=0.1,
 def main() -> None:
     """Trains as the command line says."""
     settings = dict(pair.split("=") for pair in sys.argv[2:])
-    kill = int(settings.pop("kill", "0"))
+    kill, term = int(settings.pop("kill", "0")), int(settings.pop("term", "0"))
 
     def on_advance(done: int) -> None:
         if kill and done >= kill:
             os.kill(os.getpid(), signal.SIGKILL)
+        if term and done == term and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
 
     numbers = {name: int(value) for name, value in settings.items()}
     train(sys.argv[1], on_advance, **{"dropout": 0.0, **numbers})
