@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-
 from tenfold.store import RunStore
 
 
