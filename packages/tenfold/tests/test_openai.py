@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import gc
 import json
 import os
 import signal
@@ -551,6 +552,21 @@ def test_interruption_ends_at_once(server):
         release.set()
     assert output == "interrupted\n"
     assert process.returncode == 0
+
+
+def test_unused_clients_end_their_thread(model):
+    def running():
+        return {t for t in threading.enumerate() if t.name == "tenfold-http"}
+
+    gc.collect()
+    before = running()
+    client = model()
+    client.generate(["x"], GREEDY)
+    [thread] = running() - before
+    del client
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_empty_batch_asks_nothing(model, server):

@@ -216,6 +216,21 @@ def test_values_that_are_no_json_name_the_item(host, table, monkeypatch):
         host.run(table(), options=QUIET)
 
 
+def test_component_that_cannot_work_ends_the_run(host, table, monkeypatch):
+    import toy_components
+
+    asked = []
+
+    def generate(self, prompts, config):
+        asked.append(prompts)
+        raise ComponentError("the endpoint is down")
+
+    monkeypatch.setattr(toy_components.Upper, "generate", generate)
+    with pytest.raises(ComponentError, match="the endpoint is down"):
+        host.run(table(), options=QUIET)
+    assert len(asked) == 1
+
+
 def test_capability_mismatch_is_found_before_anything_is_built(host, table):
     with pytest.raises(CapabilityError, match=r"'grad' of models.model.*toy:broken"):
         host.run(table(model={"use": "toy:broken"}, evaluator={"use": "toy:gradients"}))

@@ -18,6 +18,7 @@ from tenfold.context import RunContext, resolve_device
 from tenfold.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
+    ComponentError,
     ConfigError,
     RunFailed,
     TenfoldError,
@@ -531,8 +532,13 @@ def _each(items: Iterable[WorkItem], before: Callable[[], None]) -> Iterator[Wor
 
 
 def _is_item_error(error: BaseException, feed: _Feed) -> bool:
-    """Whether an error belongs to the items in hand: user errors do, interruption does not."""
-    return isinstance(error, TenfoldError) and bool(feed.outstanding)
+    """Whether an error belongs to the items in hand.
+
+    User errors do. Interruption does not, nor does a component that cannot work at all (an
+    endpoint that is down): trying every other item would only repeat it.
+    """
+    about_items = isinstance(error, TenfoldError) and not isinstance(error, ComponentError)
+    return about_items and bool(feed.outstanding)
 
 
 def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ that one request failed (too long, rate limit that does not pass, no answer in t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import ipaddress
 import json
@@ -15,6 +16,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -30,6 +32,7 @@ _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _USELESS = frozenset({401, 402, 403, 404, 405, 410})
 """Statuses that every further request would get too."""
 _CONNECT_S = 10.0
+_THREAD = "tenfold-http"
 _SHOWN = 300
 
 
@@ -68,7 +71,7 @@ class Endpoint:
         self.retries, self.backoff_s, self.max_wait_s = retries, backoff_s, max_wait_s
         self.timeout_s, self.concurrency = timeout_s, concurrency
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._client: httpx2.AsyncClient | None = None
+        self._clients: list[httpx2.AsyncClient] = []  # at most one; shared with the finalizer
         self._slots: asyncio.Semaphore | None = None
         self._starting = threading.Lock()
         self._down = False
@@ -80,8 +83,9 @@ class Endpoint:
         with self._starting:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                run = self._loop.run_forever
-                threading.Thread(target=run, name="tenfold-http", daemon=True).start()
+                arguments = (self._loop,)
+                threading.Thread(target=_serve, args=arguments, name=_THREAD, daemon=True).start()
+                weakref.finalize(self, _end, self._loop, self._clients)
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -137,13 +141,18 @@ class Endpoint:
         raise self._refused(response, path)
 
     def _open_client(self) -> httpx2.AsyncClient:
-        if self._client is None:
+        if not self._clients:
             limits = httpx2.Limits(max_connections=self.concurrency)
             timeout = httpx2.Timeout(self.timeout_s, connect=min(_CONNECT_S, self.timeout_s))
             # Proxies of the environment are for the world outside.
             outside = not is_local(self.base_url)
-            self._client = httpx2.AsyncClient(limits=limits, timeout=timeout, trust_env=outside)
-        return self._client
+            # Reading the certificates of the world costs 0.1 s.
+            verify = self.base_url.startswith("https:")
+            client = httpx2.AsyncClient(
+                limits=limits, timeout=timeout, trust_env=outside, verify=verify
+            )
+            self._clients.append(client)
+        return self._clients[0]
 
     def _key(self) -> str:
         return os.environ.get(self.key_env, "").strip() if self.key_env else ""
@@ -207,6 +216,24 @@ class Endpoint:
         """The text without the key, which some endpoints repeat in their messages."""
         key = self._key()
         return text.replace(key, "***") if key else text
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """What an endpoint's thread does until `_end`."""
+    loop.run_forever()
+    loop.close()
+
+
+def _end(loop: asyncio.AbstractEventLoop, clients: Sequence[httpx2.AsyncClient]) -> None:
+    """Closes connections and ends the thread of an endpoint that nobody uses any more."""
+
+    async def close() -> None:
+        for client in clients:
+            await client.aclose()
+        loop.stop()
+
+    with contextlib.suppress(RuntimeError):  # the interpreter may have ended the loop first
+        asyncio.run_coroutine_threadsafe(close(), loop)
 
 
 class _PassingError(Exception):
