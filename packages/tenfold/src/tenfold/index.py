@@ -9,15 +9,10 @@ unwritable index is never an error; it only costs the time of discovery.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import sys
-import zlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenfold import __version__
+from tenfold import index_file
 from tenfold.registry import BrokenPlugin, Component, PluginRow, Registry
 from tenfold.spec import REQUIRED, CommandSpec, ComponentSpec, Param
 
@@ -25,100 +20,24 @@ if TYPE_CHECKING:
     from tenfold.installed import Sources
     from tenfold.workspace import Workspace
 
-FORMAT = 1
-KEPT_FILES = 16
-"""Indexes of other environments and policies that stay beside the current one."""
-SETTLING_NS = 100_000_000
-"""A source changed this shortly before discovery (or during it) could differ from what was
-read without a visible change of its time stamp, so nothing is indexed yet."""
-
 _STATIC_PHASES = ("metadata", "clash", "policy", "api", "describe", "target")
 """Failures that only a changed file can mend; others (an import that failed) may depend on
 the environment, so an index with them is not kept."""
-_OWN = ("spec", "hookspecs", "describe", "installed", "discovery", "registry", "index", "params")
-
-Stamp = list[Any]
-"""`[path, mtime_ns, size]`; size -1 for folders, both 0 for what is not there."""
 
 
 def read(workspace: Workspace) -> Registry | None:
     """The indexed registry when everything it was made from is unchanged, else None."""
-    key = _key(workspace)
+    content = index_file.load(workspace)
     with contextlib.suppress(Exception):
-        content = json.loads(_file(workspace, key).read_bytes())
-        current = content["key"] == key and all(_stamp(s[0]) == s for s in content["stamps"])
-        return _decode_registry(content["registry"], workspace) if current else None
+        return None if content is None else _decode_registry(content, workspace)
     return None
 
 
 def write(workspace: Workspace, registry: Registry, sources: Sources) -> None:
     """Keeps a registry for later commands, unless it may not be the whole truth."""
-    if not sources.trusted or any(b.phase not in _STATIC_PHASES for b in registry.broken):
-        return
-    own = [Path(__file__).with_name(f"{name}.py") for name in _OWN]
-    files = {str(path) for path in (*sources.files, *own)}
-    stamps = [_stamp(path) for path in (*_search_path(), *sorted(files))]
-    if any(stamp[1] > sources.started_ns - SETTLING_NS for stamp in stamps):
-        return
-    key = _key(workspace)
-    content = {"key": key, "stamps": stamps, "registry": _encode_registry(registry)}
-    from tenfold.files import write_text
-
-    with contextlib.suppress(Exception):
-        path = _file(workspace, key)
-        write_text(path, json.dumps(content, separators=(",", ":")))
-        _prune(path.parent)
-
-
-def _key(workspace: Workspace) -> str:
-    """What tells one index from another: versions, environment, search path, policy."""
-    policy = workspace.policy
-    parts = [
-        FORMAT,
-        __version__,
-        sys.version,
-        sys.prefix,
-        _search_path(),
-        policy.enable,
-        policy.disable,
-        dict(policy.prefer),
-        {name: row.get("distribution") for name, row in policy.catalogue.items()},
-    ]
-    return json.dumps(parts, sort_keys=True, default=str)
-
-
-def _file(workspace: Workspace, key: str) -> Path:
-    return workspace.path("cache") / "index" / f"{zlib.crc32(key.encode()):08x}.json"
-
-
-def _prune(folder: Path) -> None:
-    def age(path: Path) -> int:
-        return -path.stat().st_mtime_ns
-
-    for path in sorted(folder.glob("*.json"), key=age)[KEPT_FILES:]:
-        path.unlink(missing_ok=True)
-
-
-def _search_path() -> list[str]:
-    return [os.path.abspath(entry) for entry in sys.path]  # noqa: PTH100 - no object per entry
-
-
-def _stamp(path: str) -> Stamp:
-    """The current stamp of a file or folder.
-
-    A folder's time changes whenever something is installed in it. The current folder, which
-    `python -m` puts on the search path, changes with every run; there only names of
-    installed distributions count.
-    """
-    try:
-        status = os.stat(path)  # noqa: PTH116 - a few dozen stats are the whole cost of a hit
-    except OSError:
-        return [path, 0, 0]
-    if path == os.getcwd():  # noqa: PTH109
-        names = [n for n in os.listdir(path) if n.endswith((".dist-info", ".egg-info"))]  # noqa: PTH208
-        return [path, zlib.crc32("/".join(sorted(names)).encode()), -1]
-    is_folder = (status.st_mode & 0o170000) == 0o040000
-    return [path, status.st_mtime_ns, -1 if is_folder else status.st_size]
+    if sources.trusted and all(b.phase in _STATIC_PHASES for b in registry.broken):
+        content = _encode_registry(registry)
+        index_file.save(workspace, content, sources.files, sources.started_ns)
 
 
 # --- Descriptions as JSON ------------------------------------------------------------------

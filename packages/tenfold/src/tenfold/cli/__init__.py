@@ -176,15 +176,10 @@ def _indexed_verbs() -> list[tuple[str, str]]:
     """Commands of plugins, when the index knows them; help never runs a discovery."""
     # A damaged workspace file is no reason to withhold the help.
     with contextlib.suppress(Exception):
-        from tenfold.index import read
+        from tenfold.index_file import verbs
         from tenfold.workspace import find_workspace
 
-        if registry := read(find_workspace()):
-            return [
-                (f"{plugin} {spec.name}", spec.summary)
-                for plugin, specs in registry.command_specs.items()
-                for spec in specs
-            ]
+        return verbs(find_workspace())
     return []
 
 

@@ -1,0 +1,1 @@
+"""How good is an attribution? Counterfactual metrics (retraining, patching) and label metrics."""

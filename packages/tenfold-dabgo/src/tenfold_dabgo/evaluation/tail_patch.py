@@ -1,0 +1,144 @@
+"""Tail-patch: train the model a little on the top-k samples; is the query now likelier?
+
+Everything is computed in log space: a long text's probability underflows, its logarithm does
+not. `P` is the probability of the scored completion tokens.
+
+    joint        one AdamW step on the summed gradients of the k samples (the published
+                 variant), lr 1e-5, clip 1.0; reported as d log P and as |P' - P| / P
+    individual   one step per sample, each from theta_0; mean of d log P, and of P' - P
+
+The absolute relative change rewards harmful samples as much as helpful ones, so the signed
+change of log P is the headline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tenfold.capabilities import Grad
+from tenfold.errors import ConfigError
+from tenfold.seeds import derive
+from torch import Tensor, nn
+
+from tenfold_dabgo.batches import pad_id, sample_means, token_batch
+from tenfold_dabgo.corpus import TokenDataset
+from tenfold_dabgo.queries import Query
+from tenfold_dabgo.weights import borrowed, copy_of, device_of, load
+
+VARIANTS = ("joint", "individual")
+OPTIMIZERS = ("adamw", "sgd")
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One optimizer step. Defaults: the published joint variant; the individual variant of the
+    literature uses lr 1e-3 and no clipping."""
+
+    variant: str = "joint"
+    lr: float = 1e-5
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    optimizer: str = "adamw"
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for settings out of range."""
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"variant is {self.variant!r}; known: {', '.join(VARIANTS)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"optimizer is {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+        if self.lr <= 0:
+            raise ConfigError(f"lr is {self.lr}; it must be more than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class PatchEffect:
+    """Change of the query's probability: `d_log_p` (mean over samples for the individual
+    variant), `d_p` the mean absolute change, `relative_percent` 100 |P' - P| / P."""
+
+    log_p: float
+    d_log_p: float
+    d_p: float
+    relative_percent: float
+
+
+def relative_change(d_log_p: float) -> float:
+    """(P' - P) / P from the change of log P; infinite where the exponential overflows."""
+    return math.expm1(d_log_p) if d_log_p < 700 else math.inf
+
+
+@torch.no_grad()
+def log_probability(model: Grad, query: Query) -> float:
+    """log P of the scored completion tokens, nats."""
+    low, high = query.scored
+    return -float(model.token_loss(query.batch(device_of(model)))[0, low:high].double().sum())
+
+
+def patch_effect(
+    model: Grad,
+    query: Query,
+    samples: Sequence[Sequence[int] | np.ndarray],
+    patch: Patch,
+) -> PatchEffect:
+    """Effect of one patch with some token sequences on one query; the weights stay.
+
+    Raises:
+        ConfigError: no sample to patch with.
+    """
+    if not len(samples):
+        raise ConfigError("tail-patch needs at least one sample")
+    groups = [list(samples)] if patch.variant == "joint" else [[s] for s in samples]
+    with borrowed(model) as params:
+        base = copy_of(params)
+        before = log_probability(model, query)
+        changes = []
+        for group in groups:
+            load(params, base)
+            _step(model, params, group, patch)
+            changes.append(log_probability(model, query) - before)
+    relative = [relative_change(d) for d in changes]
+    return PatchEffect(
+        log_p=before,
+        d_log_p=float(np.mean(changes)),
+        d_p=float(np.mean([math.exp(before) * r for r in relative])),
+        relative_percent=100 * float(np.mean(np.abs(relative))),
+    )
+
+
+def _step(
+    model: Grad, params: Mapping[str, nn.Parameter], group: Sequence[Any], patch: Patch
+) -> None:
+    """One optimizer step on the sum of the samples' mean losses."""
+    dataset = TokenDataset.from_ids([list(map(int, ids)) for ids in group])
+    total: list[Tensor] | None = None
+    for i in range(len(dataset)):  # one by one, as published; equal up to rounding
+        batch = token_batch(dataset, [i], pad_id(model), device_of(model))
+        with torch.enable_grad():
+            loss = sample_means(model.token_loss(batch), batch)[0]
+        parts = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        parts = [
+            torch.zeros_like(p) if g is None else g
+            for g, p in zip(parts, params.values(), strict=True)
+        ]
+        total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
+    assert total is not None
+    for p, g in zip(params.values(), total, strict=True):
+        p.grad = g
+    if patch.clip > 0:
+        nn.utils.clip_grad_norm_(list(params.values()), patch.clip)
+    cls = torch.optim.AdamW if patch.optimizer == "adamw" else torch.optim.SGD
+    cls(list(params.values()), lr=patch.lr, weight_decay=patch.weight_decay).step()
+    for p in params.values():
+        p.grad = None
+
+
+def random_strings(
+    k: int, length: int, vocabulary_size: int, seed: int, *labels: object
+) -> list[np.ndarray]:
+    """k sequences of uniformly random tokens: the control that no method should lose to."""
+    generator = np.random.default_rng(derive(seed, "random-strings", *labels))
+    return [generator.integers(0, vocabulary_size, length) for _ in range(k)]
