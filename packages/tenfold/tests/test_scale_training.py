@@ -55,8 +55,9 @@ def record(folder):
 def assert_trained_alike(one, other):
     """Equal logs and weights, up to the order of sums."""
     for a, b in zip(record(one)["log"], record(other)["log"], strict=True):
-        assert a.keys() == b.keys()
-        for key in a.keys() & {"loss", "eval_loss", "step", "learning_rate"}:
+        # DeepSpeed clips by itself, and logs no norm.
+        assert a.keys() - {"grad_norm"} == b.keys() - {"grad_norm"}
+        for key in a.keys() - {"grad_norm"}:
             assert a[key] == pytest.approx(b[key], abs=2e-5), (key, a, b)
     ours = load_file(Path(one) / "run/work/checkpoint/model.safetensors")
     theirs = load_file(Path(other) / "run/work/checkpoint/model.safetensors")

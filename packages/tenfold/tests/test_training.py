@@ -207,6 +207,19 @@ def test_a_loss_function_of_ones_own_is_used_and_its_values_logged(tmp_path):
     assert [row["double"] for row in rows] == pytest.approx([row["loss"] for row in rows], abs=1e-4)
 
 
+def test_the_held_out_loss_is_per_token_whatever_the_batches(tmp_path):
+    plan = {"steps": 1, "batch_size": 4, "log_steps": 1, "learning_rate": 1e-9}
+    means = []
+    for parts in (1, 2, 4):
+        checkpoint = fit_causal_lm(
+            FakeContext(tmp_path / str(parts)), network(scale=0.5), tokenizer(), Ragged(),
+            TrainingPlan(**plan, gradient_accumulation=parts), eval_dataset=Ragged(),
+        )  # fmt: skip
+        means.append({m.name: m.value for m in checkpoint.metrics})
+    for values in means:
+        assert values["eval-loss"] == pytest.approx(means[0]["train-loss"], abs=1e-5)
+
+
 def test_rows_come_once_before_any_comes_twice():
     from tenfold.lm.trainer import RowStream
 

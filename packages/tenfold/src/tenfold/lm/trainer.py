@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler, default_collate
 from transformers import Trainer
 
+from tenfold.scale import process
+
 IGNORED = -100
 """Label of a token that is not scored."""
 
@@ -135,6 +137,41 @@ class PlanTrainer(Trainer):
             if num_items_in_batch is not None:
                 loss = loss * (count / num_items_in_batch) * self.args.world_size
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The loss per scored token of the held-out rows, the same on any number of processes.
+
+        transformers' own loop repeats rows to fill the last batches, and takes means of means.
+        """
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        model = self.model_wrapped
+        model.eval()  # returns nothing for DeepSpeed's engine
+        total = scored = 0.0
+        for batch, share in self._evaluation_batches(rows):
+            batch = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, batch)
+            count = float(scored_tokens(batch)) * share
+            total, scored = total + float(loss) * count, scored + count
+        sums = process.gather_objects((total, scored))
+        metrics = {f"{metric_key_prefix}_loss": sum(t for t, _ in sums) / sum(n for _, n in sums)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _evaluation_batches(self, rows: Any) -> Iterator[tuple[dict[str, Any], int]]:
+        """This process's batches, equally many on each; those beyond the rows count 0."""
+        size, world = self.args.per_device_eval_batch_size, self.args.world_size
+        for first in range(0, len(rows), size * world):
+            start = first + size * self.args.process_index
+            chosen = [rows[i] for i in range(start, min(start + size, len(rows)))]
+            collate: Any = self.data_collator
+            yield collate(chosen or [rows[0]]), int(bool(chosen))
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         """Adds the means of reported values to training logs."""
