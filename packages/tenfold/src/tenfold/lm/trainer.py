@@ -147,7 +147,7 @@ class PlanTrainer(Trainer):
         transformers' own loop repeats rows to fill the last batches, and takes means of means.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        model = self.model_wrapped
+        model: Any = self.model_wrapped
         model.eval()  # returns nothing for DeepSpeed's engine
         total = scored = 0.0
         for batch, share in self._evaluation_batches(rows):
