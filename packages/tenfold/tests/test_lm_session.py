@@ -156,3 +156,17 @@ def test_misuse_is_explained():
         with pytest.raises(ConfigError, match=message):
             call()
     assert session.extend(torch.tensor([[1]] * 3)).cache_length == 7
+
+
+def test_sliding_windows_slide_and_refuse_patterns_beyond_them():
+    model = causal_lm("gemma2")
+    long = [list(range(5, 30)), [7, 8, 9]]  # longer, and shorter, than the window of 16
+    batch = pad_batch(long, 0, side="left")
+    session, output = model.start(batch.input_ids, batch.attention_mask)
+    for i, prompt in enumerate(long):
+        torch.testing.assert_close(output.logits[i, -1], full(model, prompt), **CLOSE)
+    output = session.extend(torch.tensor([[31], [32]]))
+    torch.testing.assert_close(output.logits[0, -1], full(model, [*long[0], 31]), **CLOSE)
+    everything = torch.ones(2, 1, 27, dtype=torch.bool)
+    with pytest.raises(ConfigError, match="looks back 16 tokens only"):
+        session.extend(torch.tensor([[33], [34]]), None, everything)

@@ -37,6 +37,14 @@ def context_length(model: Any) -> int:
     return UNLIMITED
 
 
+def sliding_window(model: Any) -> int | None:
+    """How far back the model's nearest-sighted layers look, in tokens; None without a limit."""
+    config = text_config(model)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    return window if window and (kinds is None or "sliding_attention" in kinds) else None
+
+
 def head(model: Any) -> nn.Module:
     """The output projection.
 

@@ -1,20 +1,25 @@
-"""Keeping transformers' own progress bars off the user's terminal; the host shows progress."""
+"""Keeping libraries off the user's terminal: the host shows progress, and owns stdout."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import transformers.utils.logging as engine_logging
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of transformers while the block runs."""
+    """No progress bars of transformers, and what is printed goes to stderr, in the block.
+
+    DeepSpeed, for one, prints when it has built an operator, and stdout is for results alone.
+    """
     shown = engine_logging.is_progress_bar_enabled()
     engine_logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         if shown:
             engine_logging.enable_progress_bar()

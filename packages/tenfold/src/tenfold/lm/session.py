@@ -52,7 +52,8 @@ class CacheSession:
                 are never looked at.
 
         Raises:
-            ConfigError: wrong shapes, or a position beyond the model's context.
+            ConfigError: wrong shapes, a position beyond the model's context, or a pattern for
+                more positions than a sliding window holds.
         """
         return self._run(tokens, torch.ones_like(tokens, dtype=torch.bool), positions, attention)
 
@@ -113,6 +114,12 @@ class CacheSession:
         if tuple(attention.shape) != expected:
             raise ConfigError(
                 f"attention has shape {tuple(attention.shape)}; [B, T, cache + T] is {expected}"
+            )
+        window = architecture.sliding_window(self._model)
+        if window is not None and valid.shape[1] > window:
+            raise ConfigError(
+                f"the model looks back {window} tokens only; an attention pattern of one's own "
+                f"cannot reach over {valid.shape[1]} cached positions"
             )
         dtype = next(self._model.parameters()).dtype
         allowed = (attention.bool() & valid[:, None, :])[:, None]

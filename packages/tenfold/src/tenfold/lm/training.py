@@ -78,7 +78,8 @@ def fit_causal_lm(
     states = Path(ctx.work_dir) / "trainer"
     target = Path(ctx.work_dir) / "checkpoint"
     identity = _identity(ctx, model, packed_dataset, plan)
-    _join(ctx)
+    with quiet():
+        _join(ctx)
     _agree(identity)
     if (done := _finished(target, identity)) is not None:
         return done
@@ -246,6 +247,7 @@ def _record(ctx: Context, plan: TrainingPlan, trainer: PlanTrainer) -> dict[str,
         "plan": asdict(plan),
         "processes": ctx.world_size,
         "launcher": process.launcher(),
+        "engine": type(trainer.model_wrapped).__name__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "log": _log(trainer.state.log_history),
