@@ -536,6 +536,8 @@ def test_interruption_ends_at_once(server):
 
     server.answers = [never]
     script = (
+        # A shell that starts the tests in the background makes them ignore SIGINT.
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tenfold.builtin.openai import OpenAI\n"
         "from tenfold.records import GenerationConfig\n"
         f"m = OpenAI('m', {server.url!r})\n"
