@@ -135,6 +135,10 @@ class NviumCache(Cache):
         self.columns: Tensor | None = None
         """`[B, S]` boolean: which columns of the padded batch were real tokens; only kept when
         `forward` was called with padded columns, as `generate` of transformers does."""
+        self.exit_history: list[np.ndarray] = []
+        """Exit (0-based) of each row per decoded column, -1 for rows that had ended."""
+        self._ended = np.zeros(0, dtype=bool)
+        self._frozen = np.zeros(0, dtype=bool)
         layers = range(config.num_hidden_layers)
         self.stores = [FrontierLayer(self, config.segment_of(i)) for i in layers]
         super().__init__(layers=list(self.stores))
@@ -233,6 +237,29 @@ class NviumCache(Cache):
         if self.columns is not None:
             return self.columns.shape[1]
         return int(self.lengths.max()) if self.rows else 0
+
+    # --- Rows that end ------------------------------------------------------------------------
+
+    def start_rows(self) -> None:
+        """All rows go on: a new call of `generate` begins."""
+        self._ended = np.zeros(self.rows, dtype=bool)
+        self._frozen = np.zeros(self.rows, dtype=bool)
+
+    def end_rows(self, done: np.ndarray) -> None:
+        """Rows `done [B]` have received their last token. That token is still read (it waits,
+        nothing runs for it); what `generate` feeds after it is padding and is not stored."""
+        if self._ended.shape != done.shape:
+            self.start_rows()
+        self._ended |= done
+
+    def take_ended(self) -> tuple[np.ndarray, np.ndarray]:
+        """`(ended, frozen)`, `[B]` each, for the column about to be read: ended rows read a
+        last token now, frozen ones read padding."""
+        if self._ended.shape != (self.rows,):
+            self.start_rows()
+        ended, frozen = self._ended & ~self._frozen, self._frozen.copy()
+        self._frozen |= ended
+        return ended, frozen
 
     # --- Editing ------------------------------------------------------------------------------
 

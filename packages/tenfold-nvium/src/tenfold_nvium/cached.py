@@ -18,7 +18,7 @@ from torch import Tensor
 from tenfold_nvium.cache import NviumCache
 from tenfold_nvium.cascade import cascade, flush, run_segment
 from tenfold_nvium.layers import SegmentRunner
-from tenfold_nvium.mixture import exit_log_probs
+from tenfold_nvium.mixture import exit_log_probs, in_full_precision
 from tenfold_nvium.policies import ExitPolicy, make_policy
 
 if TYPE_CHECKING:
@@ -40,14 +40,17 @@ def cached_forward(
     hidden = model.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     cache.check_model(model.config)
     cache.open_rows(hidden.shape[0])
-    real = _new_columns(cache, hidden, attention_mask)
+    ended, frozen = cache.take_ended()
+    real = _new_columns(cache, hidden, attention_mask, frozen)
     cache.push(0, real.nonzero()[:, 0].cpu().numpy(), hidden[real])
     if decode_policy is not None:
-        return _routed(model, cache, make_policy(decode_policy), hidden.shape[1], real)
+        return _routed(model, cache, make_policy(decode_policy), real, ended | frozen)
     return _full_depth(model, cache, real, hidden, logits_to_keep)
 
 
-def _new_columns(cache: NviumCache, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+def _new_columns(
+    cache: NviumCache, hidden: Tensor, attention_mask: Tensor | None, frozen: np.ndarray
+) -> Tensor:
     """`[B, T]`: which of the new columns are real; remembers the padding in the cache."""
     rows, length = hidden.shape[:2]
     seen = cache.get_seq_length()
@@ -60,6 +63,8 @@ def _new_columns(cache: NviumCache, hidden: Tensor, attention_mask: Tensor | Non
             "an NviumCache takes a [batch, columns] attention mask; for a custom 4-D mask pass "
             "a DynamicCache, which runs at full depth"
         )
+    if frozen.any():
+        real = real & ~torch.from_numpy(frozen).to(real.device)[:, None]
     if cache.columns is None and (not bool(real.all()) or len(set(cache.lengths.tolist())) > 1):
         old = torch.from_numpy(cache.lengths)[:, None]
         cache.columns = torch.arange(seen) >= seen - old
@@ -100,23 +105,36 @@ def _full_depth(
 
 
 def _routed(
-    model: NviumForCausalLM, cache: NviumCache, policy: ExitPolicy, length: int, real: Tensor
+    model: NviumForCausalLM,
+    cache: NviumCache,
+    policy: ExitPolicy,
+    real: Tensor,
+    ended: np.ndarray,
 ) -> NviumOutput:
-    """Each row's last token to its exit; a prompt (several columns) runs all segments."""
+    """Each row's last token to its exit; a prompt (several columns) runs all segments. Rows
+    that have ended compute nothing and get zeros."""
     from tenfold_nvium.modeling import NviumOutput
 
-    if not bool(real[:, -1].all()):
+    rows = np.flatnonzero(~ended)
+    if not bool(real[torch.from_numpy(rows).to(real.device), -1].all()):
         raise ConfigError("routed decoding needs left padding: every row's last column is real")
-    runner, rows = SegmentRunner(model), np.arange(cache.rows)
-    uniforms = torch.rand(cache.rows, len(model.exits), dtype=torch.float64).numpy()
-    choice = cascade(model, runner, cache, rows, policy, uniforms, deep=length > 1)
+    runner = SegmentRunner(model)
+    uniforms = torch.rand(cache.rows, len(model.exits), dtype=torch.float64).numpy()[rows]
+    deep = real.shape[1] > 1
+    exits = np.full(cache.rows, -1)
+    logits = torch.zeros(cache.rows, model.config.vocab_size, device=real.device)
+    if rows.size:
+        choice = cascade(model, runner, cache, rows, policy, uniforms, deep=deep)
+        exits[rows] = choice.exits
+        logits[torch.from_numpy(rows).to(logits.device)] = in_full_precision(choice.scores).to(
+            logits.dtype
+        )
+    cache.exit_history.append(exits)
     limit = model.config.max_deferred
     if limit is not None:
-        flush(runner, cache, np.flatnonzero(cache.deferred() > limit))
-    # A clone made here is an ordinary tensor: callers may edit logits in place.
-    scores = choice.scores.clone()[:, None]
+        flush(runner, cache, rows[cache.deferred()[rows] > limit])
     return NviumOutput(
-        logits=scores,
-        exits=torch.from_numpy(choice.exits).to(scores.device),
+        logits=logits[:, None],
+        exits=torch.from_numpy(exits).to(logits.device),
         past_key_values=cache,
     )

@@ -75,7 +75,7 @@ class NviumConfig(PreTrainedConfig):
         compute_cost: cost of each exit in (0, 1], one number per exit; None means depth / L.
         router_warmup_weight: weight of the warm-up term while it is active.
         loss_chunk_tokens: tokens whose logits exist at once in the loss; 0 turns chunking off.
-        decode_policy: default policy of the plugin's decoder.
+        decode_policy: exit policy of `generate`; `auto` is exact and as fast as that allows.
         max_deferred: most positions a row may defer before they are completed; None: no limit.
     """
 
@@ -120,7 +120,7 @@ class NviumConfig(PreTrainedConfig):
     compute_cost: list[float] | None = None
     router_warmup_weight: float = 1.0
     loss_chunk_tokens: int = 1024
-    decode_policy: str = "sample"
+    decode_policy: str = "auto"
     max_deferred: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

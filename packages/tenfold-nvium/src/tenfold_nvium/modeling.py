@@ -21,7 +21,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     Cache,
-    GenerationMixin,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -36,6 +35,7 @@ from tenfold_nvium.backbone import (
 from tenfold_nvium.cache import NviumCache
 from tenfold_nvium.configuration import NviumConfig
 from tenfold_nvium.exits import NviumExit, ScaledLinear, make_adapter
+from tenfold_nvium.generation import RoutedGenerationMixin
 from tenfold_nvium.loss import IGNORED, target_log_probs
 from tenfold_nvium.mixture import (
     exit_log_probs,
@@ -114,7 +114,7 @@ class NviumPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class NviumForCausalLM(NviumPreTrainedModel, GenerationMixin):
+class NviumForCausalLM(NviumPreTrainedModel, RoutedGenerationMixin):
     """Causal language model with K exits whose distribution is their learned mixture.
 
     `loss_phase` (`main` or `warmup`) and `compute_penalty` (beta) are plain attributes that a

@@ -1,0 +1,118 @@
+"""`generate` of transformers, accelerated: which exit policy a call gets, and when a row ends.
+
+Nothing changes for the caller. Greedy search without processors decodes with certificates,
+plain sampling samples exits; both give exactly what the full mixture gives. As soon as a
+processor or warper edits scores, it must see the whole mixture, so all layers run, unless the
+caller asks for a head policy (`decode_policy="sample"`): then processors edit the chosen head.
+Beam search and assisted generation run at full depth.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tenfold.errors import ConfigError
+from torch import Tensor
+from transformers import Cache, DynamicCache, GenerationMixin, StoppingCriteriaList
+
+from tenfold_nvium.cache import NviumCache
+from tenfold_nvium.policies import ExitPolicy, make_policy
+
+AUTO = "auto"
+
+
+class WatchedStopping(StoppingCriteriaList):
+    """Stopping criteria that tell a cache which rows have ended.
+
+    `generate` goes on feeding padding into ended rows while others run; the cache then neither
+    stores nor defers it.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, cache: NviumCache) -> None:
+        super().__init__(criteria)
+        self._cache = cache
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """`[B]` boolean: rows that end now."""
+        done = super().__call__(input_ids, scores, **kwargs)
+        self._cache.end_rows(done.cpu().numpy())
+        return done
+
+
+class RoutedGenerationMixin(GenerationMixin):
+    """`GenerationMixin` whose sampling loop decodes with deferral where that is exact, or where
+    the caller asks for it."""
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling (`_sample` of transformers), with the policy resolved.
+
+        Raises:
+            ConfigError: a policy together with something it cannot work with.
+        """
+        asked = model_kwargs.pop("decode_policy", None)
+        policy = self._policy(
+            asked, bool(generation_config.do_sample), bool(logits_processor), synced_gpus
+        )
+        cache = model_kwargs.get("past_key_values")
+        if policy is not None:
+            cache = self._routed_cache(cache, asked)
+        if policy is not None and cache is not None:
+            model_kwargs |= {"past_key_values": cache, "decode_policy": policy}
+        if isinstance(cache, NviumCache):
+            cache.start_rows()
+            if any(hasattr(c, "eos_token_id") for c in stopping_criteria):
+                stopping_criteria = WatchedStopping(stopping_criteria, cache)
+        parent: Any = super()
+        return parent._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config,
+            synced_gpus=synced_gpus, streamer=streamer, **model_kwargs,
+        )  # fmt: skip
+
+    def _policy(
+        self, asked: Any, samples: bool, edits_scores: bool, synced: bool
+    ) -> ExitPolicy | None:
+        """The policy of a call; None runs all layers."""
+        config: Any = getattr(self, "config")  # noqa: B009
+        wanted = asked if asked is not None else config.decode_policy
+        if wanted != AUTO:
+            if synced and asked is not None:
+                raise ConfigError(
+                    "routed decoding under sharded weights (ZeRO-3, FSDP) would wait forever: "
+                    "processes leave at different exits, but weights are gathered together",
+                    hint='gather the weights first, or generate with decode_policy="full"',
+                )
+            policy = make_policy(wanted)
+            if policy.certifies and (samples or edits_scores):
+                raise ConfigError(
+                    "certified decoding proves the mixture's arg-max; it goes with greedy search "
+                    "without processors",
+                    hint='use decode_policy="sample", or leave it out',
+                )
+            return None if synced else policy
+        if edits_scores or synced or config.num_exits == 1:
+            return None
+        return make_policy("sample" if samples else "certified")
+
+    def _routed_cache(self, cache: Cache | None, asked: Any) -> NviumCache | None:
+        """The cache to decode with: the caller's own, or a new one in place of the empty cache
+        that `generate` has prepared; None without any (`use_cache=False`)."""
+        if isinstance(cache, NviumCache):
+            return cache
+        empty = isinstance(cache, DynamicCache) and cache.get_seq_length() == 0
+        if empty and not getattr(cache, "_is_user_defined", False):
+            return NviumCache(getattr(self, "config"))  # noqa: B009
+        if asked is not None:
+            raise ConfigError(
+                "decode_policy defers tokens, which needs an NviumCache; leave past_key_values "
+                "out or pass an NviumCache, and keep use_cache on"
+            )
+        return None
