@@ -111,6 +111,12 @@ def test_every_training_set_gets_the_same_number_of_full_batches():
     assert sorted(epochs.tolist()) == list(range(8))
 
 
+def test_steps_are_equal_or_in_proportion_to_the_set():
+    assert Recipe(steps=120).for_share(0.5).steps == 120
+    assert Recipe(steps=120, same_epochs=True).for_share(0.5).steps == 60
+    assert Recipe(steps=120, same_epochs=True).for_share(0.0).steps == 1
+
+
 def test_cosine_schedule_with_warmup():
     recipe = Recipe(steps=10, warmup_ratio=0.2, lr=1.0)
     assert recipe.rate(0) == 0.5

@@ -11,6 +11,7 @@ from tenfold.records import ItemResult, PromptRecord, SampleRecord, TextRecord
 from tenfold.report import render_html, render_markdown
 from tenfold.testing.context import FakeContext
 from tenfold_dabgo.evaluator import Attribution
+from tenfold_dabgo.settings import METHODS
 from tenfold_dabgo.weights import fingerprint
 
 
@@ -155,7 +156,7 @@ def test_prompts_without_text_explain_what_to_do(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", ["bm25", "gradient-dot", "gradient-cosine", "perplexity", "random"]
+    "method", [name for name in METHODS if name not in ("dabgo", "embeddings")]
 )
 def test_every_method_fills_the_same_items_and_report(model, tmp_path, method):
     ctx, evaluator, results = evaluate(model, tmp_path, query_set("abcdefgh"), method=method)

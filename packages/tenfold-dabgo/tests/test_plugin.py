@@ -27,6 +27,8 @@ def test_plugin_imports_nothing_heavy():
 def test_descriptions_are_sound():
     for spec in plugin.tenfold_evaluators():
         assert check_component("evaluator", spec) == []
+    for spec in plugin.tenfold_datasets():
+        assert check_component("dataset", spec) == []
 
 
 def test_described_parameters_are_the_settings_with_equal_defaults():

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tenfold_dabgo.attributor import Attributor, BidirectionalAttributor, Progress, no_progress
 from tenfold_dabgo.baselines.bm25 import Bm25Attributor
+from tenfold_dabgo.baselines.datainf import DataInfAttributor
+from tenfold_dabgo.baselines.embeddings import EmbeddingAttributor
 from tenfold_dabgo.baselines.gradient import GradientAttributor
+from tenfold_dabgo.baselines.trackstar import TrackStarAttributor
+from tenfold_dabgo.baselines.trak import TrakAttributor
 from tenfold_dabgo.baselines.trivial import PerplexityAttributor, RandomAttributor
+from tenfold_dabgo.baselines.untrac import UnTracInvAttributor
 from tenfold_dabgo.cache import obtain_fisher
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.settings import AttributionSettings
+
+GRADIENT_METHODS = ("trackstar", "trak", "datainf")
+"""Methods over per-sample gradients that are not DABGO's own."""
 
 
 def make_attributor(
@@ -48,6 +57,20 @@ def make_attributor(
             token_budget=max(settings.token_budget // 2, 1),
             progress=progress,
         )
+    if name in GRADIENT_METHODS:
+        return _gradient_method(name, model, dataset, settings, cache, model_hash, progress)
+    if name == "untrac-inv":
+        return UnTracInvAttributor(
+            model,
+            dataset,
+            steps=settings.steps,
+            change=settings.change,
+            params=settings.params,
+            token_budget=settings.token_budget,
+            progress=progress,
+        )
+    if name == "embeddings":
+        return EmbeddingAttributor(model, dataset, token_budget=settings.token_budget)
     if name == "random":
         return RandomAttributor(dataset, settings.seed)
     if name == "perplexity":
@@ -67,4 +90,30 @@ def make_attributor(
         work_dir=work,
         model_hash=model_hash,
         progress=progress,
+    )
+
+
+def _gradient_method(
+    name: str,
+    model: Any,
+    dataset: TokenDataset,
+    settings: AttributionSettings,
+    cache: Path,
+    model_hash: str,
+    progress: Progress,
+) -> Attributor:
+    """TrackStar, TRAK or DataInf; the first and last take their second moments from the
+    `sample_mean` Fisher, which is cached like DABGO's own."""
+    budget = max(settings.token_budget // 2, 1)
+    if name == "trak":
+        return TrakAttributor(
+            model, dataset, seed=settings.seed, token_budget=budget, progress=progress
+        )
+    # Everything moves, whatever DABGO's own selection is: these methods have no such choice.
+    moments = replace(settings, fisher="sample_mean", fisher_path=None, params="all")
+    fisher = obtain_fisher(model, dataset, moments, cache, model_hash, progress)
+    if name == "datainf":
+        return DataInfAttributor(model, dataset, fisher, token_budget=budget, progress=progress)
+    return TrackStarAttributor(
+        model, dataset, fisher, seed=settings.seed, token_budget=budget, progress=progress
     )

@@ -5,7 +5,10 @@ from __future__ import annotations
 from tenfold.hookspecs import hookimpl
 from tenfold.spec import ComponentSpec, Param, PluginInfo
 
-_METHODS = ("dabgo", "bm25", "gradient-dot", "gradient-cosine", "perplexity", "random")
+_METHODS = (
+    "dabgo", "bm25", "gradient-dot", "gradient-cosine", "trackstar", "trak", "datainf",
+    "untrac-inv", "embeddings", "perplexity", "random",
+)  # fmt: skip
 
 _STEPS = (
     Param("rule", "str", "natural_gradient", "how the weights move",
@@ -96,6 +99,31 @@ def tenfold_plugin() -> PluginInfo:
         "Training-data attribution by bidirectional gradient optimization",
         paper="arXiv:2606.04928",
     )
+
+
+TOPICS = ComponentSpec(
+    name="synthetic-topics",
+    target="tenfold_dabgo.topics:SyntheticTopics",
+    summary="texts from topic bigram tables: a small corpus whose texts have a known origin",
+    params=(
+        Param("n", "int", 208, "number of texts", minimum=1),
+        Param("length", "int", 32, "characters per text", minimum=2),
+        Param("vocabulary", "int", 96, "different characters", minimum=2, maximum=96),
+        Param("topics", "int", 8, "number of topics", minimum=1),
+        Param("held_out", "int", 16, "how many of the last texts form the split test", minimum=0),
+        Param("split", "str", "train", "the split that is read where none is named",
+              choices=("train", "test")),
+        Param("seed", "int", 0, "seed of the tables and texts"),
+    ),
+    provides=("text",),
+    modules=("numpy",),
+    tags=("synthetic", "testing"),
+)  # fmt: skip
+
+
+@hookimpl
+def tenfold_datasets() -> list[ComponentSpec]:
+    return [TOPICS]
 
 
 @hookimpl

@@ -20,7 +20,19 @@ from tenfold_dabgo.rollup import reduction
 from tenfold_dabgo.scores import VIEWS
 
 PRESETS = ("recommended", "paper")
-METHODS = ("dabgo", "bm25", "gradient-dot", "gradient-cosine", "perplexity", "random")
+METHODS = (
+    "dabgo",
+    "bm25",
+    "gradient-dot",
+    "gradient-cosine",
+    "trackstar",
+    "trak",
+    "datainf",
+    "untrac-inv",
+    "embeddings",
+    "perplexity",
+    "random",
+)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ from tenfold_dabgo.weights import Weights, borrowed, copy_of, device_of, load
 class Recipe:
     """How a model is trained from scratch: AdamW with a cosine schedule over whole samples.
 
-    The defaults are those of the tiny reference benchmark (20 epochs of 192 samples).
+    The defaults are those of the tiny reference benchmark (20 epochs of 192 samples). With
+    `same_epochs` a reduced set gets steps in proportion to its size, so that each sample is
+    seen as often as in the full set; otherwise every set gets the same number of steps.
     """
 
     steps: int = 120
@@ -42,11 +44,18 @@ class Recipe:
     weight_decay: float = 0.01
     warmup_ratio: float = 0.0
     clip: float = 1.0
+    same_epochs: bool = False
 
     def __post_init__(self) -> None:
         """Raises ConfigError for settings out of range."""
         if self.steps < 1 or self.batch_size < 1 or self.lr <= 0:
             raise ConfigError("a training recipe needs steps, batch_size and lr above 0")
+
+    def for_share(self, share: float) -> Recipe:
+        """The recipe for a set with this share of the corpus."""
+        if not self.same_epochs:
+            return self
+        return replace(self, steps=max(1, round(share * self.steps)))
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then cosine to 0."""
@@ -140,21 +149,22 @@ class Retrainer:
         usable = np.asarray(indices)[self.dataset.scorable[np.asarray(indices, dtype=np.int64)]]
         if usable.size == 0:
             raise ConfigError("no training sample is left after the removal")
+        recipe = self.recipe.for_share(len(usable) / int(self.dataset.scorable.sum()))
         load(params, fresh_weights(self.model, init_seed))
         optimizer = torch.optim.AdamW(
-            list(params.values()), lr=self.recipe.lr, weight_decay=self.recipe.weight_decay
+            list(params.values()), lr=recipe.lr, weight_decay=recipe.weight_decay
         )
         device = device_of(self.model)
-        for step, rows in enumerate(batches_of(usable, self.recipe, order_seed)):
+        for step, rows in enumerate(batches_of(usable, recipe, order_seed)):
             batch = token_batch(self.dataset, rows, pad_id(self.model), device)
             for group in optimizer.param_groups:
-                group["lr"] = self.recipe.rate(step)
+                group["lr"] = recipe.rate(step)
             with torch.enable_grad():
                 loss = self.model.token_loss(batch).sum() / scored_positions(batch).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            if self.recipe.clip > 0:
-                nn.utils.clip_grad_norm_(list(params.values()), self.recipe.clip)
+            if recipe.clip > 0:
+                nn.utils.clip_grad_norm_(list(params.values()), recipe.clip)
             optimizer.step()
 
     def _path(self, indices: np.ndarray, init_seed: int, order_seed: int) -> Path | None:

@@ -1,0 +1,169 @@
+"""Quality on the tiny reference benchmark: LDS and removal of every method, in one run.
+
+    python packages/tenfold-dabgo/benchmarks/bench_quality.py [--out FILE] [--cache FOLDER]
+
+Ground truth are models retrained on 36 half-size subsets (LDS) and without each method's own
+top k (removal). Outcomes of single trainings are kept in the cache folder, so that a stopped
+run goes on. Writes a Markdown table with standard errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tenfold.files import write_text
+from tenfold.workspace import user_cache
+from tenfold_dabgo.attributor import Attributor, BidirectionalAttributor
+from tenfold_dabgo.baselines.bm25 import Bm25Attributor
+from tenfold_dabgo.baselines.datainf import DataInfAttributor
+from tenfold_dabgo.baselines.embeddings import EmbeddingAttributor
+from tenfold_dabgo.baselines.gradient import GradientAttributor
+from tenfold_dabgo.baselines.trackstar import TrackStarAttributor
+from tenfold_dabgo.baselines.trak import TrakAttributor
+from tenfold_dabgo.baselines.trivial import RandomAttributor
+from tenfold_dabgo.baselines.untrac import UnTracInvAttributor
+from tenfold_dabgo.evaluation import counterfactual as cf
+from tenfold_dabgo.evaluation.retrain import half_subsets
+from tenfold_dabgo.fisher_estimate import estimate_fisher
+from tenfold_dabgo.perturb import Perturbation
+from tiny import Setting, prepare  # ty: ignore[import-not-found]
+
+SUBSETS = 36
+LDS_SEEDS = ((0, 0), (0, 1))
+"""Seeds of initialization and order per subset; their mean is the ground truth."""
+REMOVAL_QUERIES = 8
+REMOVAL_K = (10, 30)
+REMOVAL_METHODS = ("DABGO recommended", "DABGO recommended, abs", "BM25", "gradient dot",
+                   "TrackStar", "random")  # fmt: skip
+FULL_SEEDS = ((0, 0), (0, 1), (0, 2))
+
+
+def methods(s: Setting) -> dict[str, Attributor]:
+    """Every method under its name in the table."""
+    fisher = estimate_fisher(s.model, s.dataset)
+
+    def dabgo(perturbation: Perturbation) -> BidirectionalAttributor:
+        return BidirectionalAttributor(s.model, s.dataset, fisher, perturbation)
+
+    return {
+        "DABGO recommended": dabgo(Perturbation()),
+        "DABGO, eta 1e-5, eps 1e-3": dabgo(Perturbation(lr=1e-5, damping=1e-3, dataset_size=1)),
+        "DABGO paper": dabgo(Perturbation.paper()),
+        "EWC-AdamW 10 x 1e-4": dabgo(Perturbation(method="ewc_adamw", lr=1e-4)),
+        "UnTrac-Inv": UnTracInvAttributor(s.model, s.dataset),
+        "TrackStar": TrackStarAttributor(s.model, s.dataset, fisher, rank=8),
+        "TRAK": TrakAttributor(s.model, s.dataset),
+        "DataInf": DataInfAttributor(s.model, s.dataset, fisher),
+        "gradient dot": GradientAttributor(s.model, s.dataset),
+        "gradient cosine": GradientAttributor(s.model, s.dataset, cosine=True),
+        "embeddings": EmbeddingAttributor(s.model, s.dataset),
+        "BM25": Bm25Attributor(s.model, s.dataset, split=list),
+        "random": RandomAttributor(s.dataset),
+    }
+
+
+def all_scores(s: Setting) -> dict[str, np.ndarray]:
+    """Method → `[Q, N]`; the absolute views of DABGO as methods of their own."""
+    out: dict[str, np.ndarray] = {}
+    for name, method in methods(s).items():
+        started = time.perf_counter()
+        out[name] = np.stack([r.values for r in method.attribute(s.queries)])
+        print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
+        if name.startswith("DABGO"):
+            out[f"{name}, abs"] = np.abs(out[name])
+    return out
+
+
+def lds_table(s: Setting, scores: dict[str, np.ndarray], cache: Path) -> list[str]:
+    """Rows `method, LDS of generated and held-out queries`."""
+    trainer = s.retrainer(cache)
+    trainer.recipe = replace(s.recipe, same_epochs=True)
+    subsets = half_subsets(len(s.dataset), SUBSETS, 0)
+    runs = []
+    for seeds in LDS_SEEDS:
+        rows = []
+        for number, kept in enumerate(subsets):
+            rows.append(trainer.query_losses(np.flatnonzero(kept), *seeds))
+            print(f"LDS: seeds {seeds}, subset {number + 1}/{SUBSETS}", flush=True)
+        runs.append(np.stack(rows))
+    losses, half = np.mean(runs, axis=0), len(s.generated)
+    lines = ["| method | LDS generated | LDS held-out | LDS all |", "|---|---|---|---|"]
+    for name, values in scores.items():
+        per_query = cf.lds(values, subsets, losses)
+        cells = [cell(part) for part in (per_query[:half], per_query[half:], per_query)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    ceiling = cf.noise_ceiling(runs[0], runs[1])
+    lines.append(
+        f"\nRank correlation between the two training seeds: generated "
+        f"{ceiling[:half].mean():.2f}, held-out {ceiling[half:].mean():.2f}."
+    )
+    return lines
+
+
+def removal_table(s: Setting, scores: dict[str, np.ndarray], cache: Path) -> list[str]:
+    """Rows `method, rise of the query's loss without its top k`, and paired tests."""
+    trainer = s.retrainer(cache)
+    chosen = [*range(REMOVAL_QUERIES // 2)]
+    chosen += [len(s.generated) + i for i in range(REMOVAL_QUERIES - len(chosen))]
+    everything = np.arange(len(s.dataset))
+    full = np.stack([trainer.query_losses(everything, *seeds) for seeds in FULL_SEEDS])
+    lines = ["| method | " + " | ".join(f"k = {k}" for k in REMOVAL_K) + " |"]
+    lines.append("|---" * (len(REMOVAL_K) + 1) + "|")
+    effects: dict[str, list[np.ndarray]] = {}
+    for name in REMOVAL_METHODS:
+        for k in REMOVAL_K:
+            rises = []
+            for q in chosen:
+                kept = np.setdiff1d(everything, cf.removed_samples(scores[name][q], k))
+                reduced = trainer.query_losses(kept)[None, q : q + 1]
+                rises.append(cf.removal_effect(reduced, full[:, q : q + 1])[0])
+            effects.setdefault(name, []).append(np.asarray(rises))
+            print(f"removal: {name}, k = {k}", flush=True)
+        lines.append(f"| {name} | {' | '.join(cell(e) for e in effects[name])} |")
+    best = effects["DABGO recommended"]
+    tests = []
+    for name, others in effects.items():
+        if not name.startswith("DABGO"):
+            values = [cf.wilcoxon_signed_rank(a, b) for a, b in zip(best, others, strict=True)]
+            tests.append(f"{name} {', '.join(f'{p:.3f}' for p in values)}")
+    lines.append(f"\nPaired Wilcoxon p-values of DABGO recommended against: {'; '.join(tests)}.")
+    spread = full.std(axis=0, ddof=1)[chosen].mean()
+    lines.append(f"Spread of the full model's query losses over {len(full)} seeds: {spread:.3f}.")
+    return lines
+
+
+def cell(per_query: np.ndarray) -> str:
+    """Mean and standard error."""
+    e = cf.estimate(per_query)
+    return f"{e.value:.3f} ± {e.error:.3f}"
+
+
+def main() -> None:
+    """Runs the benchmark and writes its table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "quality.md")
+    parser.add_argument("--cache", type=Path, default=user_cache() / "dabgo-bench")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # 62,784 parameters gain nothing from more
+    setting = prepare()
+    scores = all_scores(setting)
+    lines = ["# Quality on the tiny reference benchmark", ""]
+    lines += [
+        "Mean ± standard error over queries (16 generated, 16 held-out). Ground truth of LDS:"
+    ]
+    lines += [f"{SUBSETS} half-size subsets, {len(LDS_SEEDS)} order seeds each, equal epochs.", ""]
+    lines += lds_table(setting, scores, options.cache)
+    lines += ["", "## Removal", "", "Rise of the query's loss (nats/token) after retraining"]
+    lines += [f"without a method's top k, {REMOVAL_QUERIES} queries, equal optimizer steps.", ""]
+    lines += removal_table(setting, scores, options.cache)
+    write_text(options.out, "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
