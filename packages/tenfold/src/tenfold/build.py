@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -203,18 +203,13 @@ class Builder:
             "trainer": train.describe(),
             "datasets": prints,
             "seed": self.context.seed,
-            "metrics": [vars_of(metric) for metric in checkpoint.metrics],
+            "metrics": [asdict(metric) for metric in checkpoint.metrics],
         }
         write_json(checkpoint.path / MANIFEST, manifest)
         if target.exists():
             shutil.rmtree(target)
         checkpoint.path.rename(target)
         shutil.rmtree(work, ignore_errors=True)
-
-
-def vars_of(record: Any) -> dict[str, Any]:
-    """A dataclass instance's fields as a dictionary (slots have no `__dict__`)."""
-    return {name: getattr(record, name) for name in record.__dataclass_fields__}
 
 
 def _check_capabilities(node: Node, built: Any) -> None:

@@ -7,7 +7,7 @@ plans with those names and checks the methods after building (`supports`). Shape
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -394,12 +394,15 @@ class Context(Protocol):
     rank: int
     world_size: int
     run_dir: Path
-    artifacts: Path
-    """Folder for files of this run; written by rank 0, atomically (`tenfold.store`)."""
     work_dir: Path
     """Folder that survives an interruption; trainers keep resumable state here."""
     cache_dir: Path
     """Folder shared by all runs, for content-addressed entries; safe to delete."""
+
+    @property
+    def artifacts(self) -> Path:
+        """Folder for files of this run; written by rank 0, atomically (`tenfold.files`)."""
+        ...
 
     def derive(self, *labels: object) -> int:
         """A seed derived from the run's seed and labels (use item ids, never positions)."""
@@ -447,6 +450,3 @@ class Trainer(Protocol):
         interrupted call left in `ctx.work_dir`. `model` is the run's `model` role or None;
         `data` holds its datasets by role."""
         ...
-
-
-Adapter = Callable[[Any], Any]

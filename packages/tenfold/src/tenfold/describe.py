@@ -21,13 +21,12 @@ from tenfold.params import check_value
 from tenfold.records import RECORD_KINDS
 from tenfold.spec import (
     API_VERSION,
-    NAME_PATTERN,
     REQUIRED,
-    TARGET_PATTERN,
     CommandSpec,
     ComponentSpec,
     Param,
     check_component,
+    check_label,
     check_param,
 )
 
@@ -92,13 +91,7 @@ def check_command(spec: CommandSpec) -> list[str]:
     where = f"command {spec.name!r}"
     if not all(isinstance(getattr(spec, name), str) for name in ("name", "target", "summary")):
         return [f"{where}: name, target and summary must be strings"]
-    problems = []
-    if not NAME_PATTERN.fullmatch(spec.name):
-        problems.append(f"{where}: names match [a-z0-9][a-z0-9-]*")
-    if not TARGET_PATTERN.fullmatch(spec.target):
-        problems.append(f"{where}: target {spec.target!r} is not 'package.module:callable'")
-    if not spec.summary:
-        problems.append(f"{where}: the summary is empty")
+    problems = check_label(where, spec)
     if not _is_tuple_of(spec.params, Param):
         return [*problems, f"{where}: params must be a tuple of Param"]
     for param in spec.params:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tenfold.build import Builder, vars_of
+from tenfold.build import Builder
 from tenfold.context import RunContext
 from tenfold.errors import ConfigError
 from tenfold.files import write_text
 from tenfold.run import Outcome
-from tenfold.run_report import write_report
+from tenfold.run_report import write_metrics, write_report
 from tenfold.store import ItemWriter, RunStore
 
 if TYPE_CHECKING:
@@ -48,11 +48,8 @@ def _rescore(host: Host, store: RunStore) -> Outcome:
     )
     record: dict[str, Any] = store.read_json("run.json")
     evaluator = Builder(plan, context, host.workspace).build(plan.evaluator)
-    metrics = list(evaluator.aggregate(context, store.results()))
-    store.write_json("metrics.json", [vars_of(metric) for metric in metrics])
-    report = getattr(evaluator, "report", None)
-    blocks = () if report is None else report(context, store.results(), metrics)
-    write_report(store, record, metrics, blocks)
+    metrics = write_metrics(evaluator, context, store)
+    write_report(evaluator, context, store, record, metrics)
     done = len(store.done_keys())
     return Outcome(store.path, store.status, 0, metrics, done=done)
 

@@ -8,12 +8,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold import facts, reproducible
-from tenfold.build import Builder, quiet_libraries, vars_of
+from tenfold.build import Builder, quiet_libraries
 from tenfold.context import RunContext, resolve_device
 from tenfold.errors import (
     EXIT_INTERRUPTED,
@@ -90,7 +90,7 @@ class Outcome:
             "run_dir": str(self.run_dir),
             "status": self.status,
             "exit_code": self.exit_code,
-            "metrics": [vars_of(metric) for metric in self.metrics],
+            "metrics": [asdict(metric) for metric in self.metrics],
             "items": {"done": self.done, "failed": self.failed, "reused": self.reused},
             "checkpoint": str(self.checkpoint) if self.checkpoint else None,
             "message": self.message,
@@ -224,18 +224,17 @@ class _Execution:
         target = self.context.artifacts / "checkpoint"
         if checkpoint.path != target and checkpoint.path.exists():
             checkpoint.path.rename(target)
-        self.store.write_json("metrics.json", [vars_of(m) for m in checkpoint.metrics])
+        self.store.write_json("metrics.json", [asdict(m) for m in checkpoint.metrics])
         return self._outcome("ok", EXIT_OK, metrics=checkpoint.metrics, checkpoint=target)
 
     def _finish(self, evaluator: Any) -> Outcome:
         """Aggregates what all processes recorded, writes metrics and reports."""
         with self._phase("aggregate"):
-            metrics = list(evaluator.aggregate(self.context, self.store.results()))
-            self.store.write_json("metrics.json", [vars_of(metric) for metric in metrics])
-        with self._phase("report"):
-            from tenfold.run_report import write_report
+            from tenfold.run_report import write_metrics, write_report
 
-            write_report(self.store, self.record, metrics, self._report_blocks(evaluator, metrics))
+            metrics = write_metrics(evaluator, self.context, self.store)
+        with self._phase("report"):
+            write_report(evaluator, self.context, self.store, self.record, metrics)
         allowed = self.plan.config.limits["max_failures"]
         done = self.store.done_keys()
         failed = len(self.store.failed_keys() - done)
@@ -247,10 +246,6 @@ class _Execution:
             )
             return self._outcome("failed", TooManyFailures.exit_code, message, metrics)
         return self._outcome("ok", EXIT_OK, metrics=metrics)
-
-    def _report_blocks(self, evaluator: Any, metrics: Sequence[Metric]) -> Iterable[Any]:
-        report = getattr(evaluator, "report", None)
-        return () if report is None else report(self.context, self.store.results(), metrics)
 
     # --- items ---
 
@@ -361,7 +356,7 @@ class _Execution:
             before = self.record.get("fingerprints")
             if self.options.resume and before:
                 _check_unchanged(before, prints, self.store.path)
-            trained = {w: vars_of(t) for w, t in self.builder.trained.items()}
+            trained = {w: asdict(t) for w, t in self.builder.trained.items()}
             self.record["fingerprints"] = prints
             self.record["trained"] = trained
             self.store.write_json("run.json", self.record)

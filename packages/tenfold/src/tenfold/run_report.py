@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +20,33 @@ from tenfold.report import (
 )
 
 if TYPE_CHECKING:
+    from tenfold.capabilities import Context, Evaluator
     from tenfold.store import RunStore
 
 _ITEMS_SHOWN = 50
 _CELL_CHARACTERS = 200
 
 
+def write_metrics(evaluator: Evaluator, context: Context, store: RunStore) -> list[Metric]:
+    """Aggregates the recorded items and writes `metrics.json`."""
+    metrics = list(evaluator.aggregate(context, store.results()))
+    store.write_json("metrics.json", [asdict(metric) for metric in metrics])
+    return metrics
+
+
 def write_report(
-    store: RunStore, record: Mapping[str, Any], metrics: Sequence[Metric], own: Iterable[Block]
+    evaluator: Evaluator,
+    context: Context,
+    store: RunStore,
+    record: Mapping[str, Any],
+    metrics: Sequence[Metric],
 ) -> None:
     """Writes `report.html` and `report.md` into the run folder.
 
-    `own` are the evaluator's blocks; an evaluator that has none gets a table of items.
+    An evaluator without a `report` of its own gets a table of items.
     """
+    report = getattr(evaluator, "report", None)
+    own = () if report is None else report(context, store.results(), metrics)
     blocks: list[Block] = []
     if metrics:
         blocks += [Heading("Metrics"), metrics_table(metrics)]

@@ -8,7 +8,7 @@ builds that component.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -175,12 +175,8 @@ def check_param(param: Param) -> list[str]:
     return problems
 
 
-def check_component(kind: str, spec: ComponentSpec) -> list[str]:
-    """Problems of a component description, as messages; empty when it is sound.
-
-    Capability and record-kind names are checked by the registry, which knows them.
-    """
-    where = f"{kind} {spec.name!r}"
+def check_label(where: str, spec: ComponentSpec | CommandSpec) -> list[str]:
+    """Problems of a description's name, target and summary, as messages."""
     problems = []
     if not NAME_PATTERN.fullmatch(spec.name):
         problems.append(f"{where}: names match [a-z0-9][a-z0-9-]*")
@@ -188,6 +184,16 @@ def check_component(kind: str, spec: ComponentSpec) -> list[str]:
         problems.append(f"{where}: target {spec.target!r} is not 'package.module:callable'")
     if not spec.summary:
         problems.append(f"{where}: the summary is empty")
+    return problems
+
+
+def check_component(kind: str, spec: ComponentSpec) -> list[str]:
+    """Problems of a component description, as messages; empty when it is sound.
+
+    Capability and record-kind names are checked by the registry, which knows them.
+    """
+    where = f"{kind} {spec.name!r}"
+    problems = check_label(where, spec)
     names = [param.name for param in spec.params]
     problems += [f"{where}: parameter {n!r} twice" for n in set(names) if names.count(n) > 1]
     for param in spec.params:
@@ -199,6 +205,3 @@ def check_component(kind: str, spec: ComponentSpec) -> list[str]:
         if base is None or base.component_kind != "model":
             problems.append(f"{where}: inherits {spec.inherits!r}, no component:model parameter")
     return problems
-
-
-Factory = Callable[..., Any]

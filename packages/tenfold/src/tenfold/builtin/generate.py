@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from tenfold.builtin.prompting import (
     PromptCut,
     batches,
+    generating_models,
     generation_config,
-    models_by_role,
     prompt_token_ids,
-    require_constraint,
 )
 from tenfold.builtin.samples import sample_records, sample_values
 from tenfold.capabilities import Context, Dataset
@@ -92,9 +91,7 @@ class Generate:
             CapabilityError: a constraint that a model cannot follow.
         """
         config = self._config(ctx.seed if self.seed is None else self.seed)
-        chosen = models_by_role(models, self.roles)
-        for role, model in chosen.items():
-            require_constraint(model, config, role)
+        chosen = generating_models(models, self.roles, config)
         for batch in batches(items, self.batch_size):
             for role, members in groupby(batch, key=lambda item: item.payload[0]):
                 yield from self._generate(chosen[role], role, list(members), config)

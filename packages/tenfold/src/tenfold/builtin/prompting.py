@@ -141,11 +141,14 @@ def require_column(records: Iterable[R], column: str) -> Iterator[R]:
     return chain([first], remaining)
 
 
-def models_by_role(models: Mapping[str, Any], roles: Sequence[str]) -> dict[str, Any]:
-    """The models of these roles.
+def generating_models(
+    models: Mapping[str, Any], roles: Sequence[str], config: GenerationConfig
+) -> dict[str, Any]:
+    """The models of these roles, each able to generate as configured.
 
     Raises:
         ConfigError: a role that the run does not fill.
+        CapabilityError: a constraint that a model cannot follow.
     """
     for role in roles:
         if role not in models:
@@ -153,4 +156,7 @@ def models_by_role(models: Mapping[str, Any], roles: Sequence[str]) -> dict[str,
                 f"roles names {role!r}, but the run's models are: {', '.join(models)}",
                 hint=f"add [models.{role}], or change evaluator.roles",
             )
-    return {role: models[role] for role in roles}
+    chosen = {role: models[role] for role in roles}
+    for role, model in chosen.items():
+        require_constraint(model, config, role)
+    return chosen

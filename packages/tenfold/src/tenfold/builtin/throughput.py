@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from tenfold.builtin.prompting import (
     PromptCut,
     batches,
+    generating_models,
     generation_config,
-    models_by_role,
-    require_constraint,
 )
 from tenfold.capabilities import Context, Dataset, Prompt
 from tenfold.errors import ConfigError
@@ -105,9 +104,7 @@ class Throughput:
             CapabilityError: a constraint that a model cannot follow.
         """
         config = self._config(ctx.seed if self.seed is None else self.seed)
-        chosen = models_by_role(models, self.roles)
-        for role, model in chosen.items():
-            require_constraint(model, config, role)
+        chosen = generating_models(models, self.roles, config)
         warm: set[tuple[str, int]] = set()
         for item in items:
             role, size, prompts = item.payload
