@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FIRST_ROW = np.zeros(1, dtype=np.int64)
+
 
 class Block:
     """Positions `starts[i] .. starts[i] + widths[i] - 1` of cache row `rows[i]`, for each i.
@@ -36,8 +38,6 @@ class Block:
     ) -> None:
         self.rows, self.starts, self.widths = rows, starts, widths
         self.device = device
-        self.single = cache_rows == 1
-        """One row in the whole cache: everything is a slice."""
         self.start = int(starts[0])
         self.length = int((starts + widths).max())
         """Keys that queries may see at most."""
@@ -101,23 +101,16 @@ class Block:
 
     def pick(self, table: Tensor) -> Tensor:
         """Rows of a table by position: `[P, D]` to `[n, D]`."""
-        if self.single:
-            return table[self.start : self.start + self.width]
         return table[self.positions]
 
     def store(self, pair: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """Writes `states [n, 2, G, D]` (keys and values) into `pair [2, B, G, C, D]`; returns
         the keys and values the block's rows look at, `[b, G, S, D]` each."""
-        if self.single:
-            stop = self.start + self.width
-            pair[:, 0, :, self.start : stop] = states.permute(1, 2, 0, 3)
-            seen = pair[:, :, :, :stop]
-        else:
-            row, position = self._cells
-            pair[:, row, :, position] = states
-            seen = pair[:, :, :, : self.length]
-            if not self.whole:
-                seen = seen.index_select(1, self._row_index)
+        row, position = self._cells
+        pair[:, row, :, position] = states
+        seen = pair[:, :, :, : self.length]
+        if not self.whole:
+            seen = seen.index_select(1, self._row_index)
         return seen[0], seen[1]
 
     def to_grid(self, queries: Tensor) -> Tensor:
@@ -133,3 +126,54 @@ class Block:
         """Padded `[b, A, w, D]` to flat `[n, A D]`."""
         grid = grid.transpose(1, 2).flatten(2)
         return grid.flatten(0, 1) if self._grid is None else grid[self._grid]
+
+
+class SoloBlock(Block):
+    """A block of a cache with one row: everything is a slice, nothing an index."""
+
+    def __init__(self, start: int, width: int, device: torch.device) -> None:
+        self.device = device
+        self.start, self.width, self.size = start, width, width
+        self.length = start + width
+        self.rows = FIRST_ROW
+
+    @cached_property
+    def starts(self) -> np.ndarray:  # type: ignore[override]
+        """See `Block`."""
+        return np.array([self.start])
+
+    @cached_property
+    def widths(self) -> np.ndarray:  # type: ignore[override]
+        """See `Block`."""
+        return np.array([self.width])
+
+    @cached_property
+    def row_of(self) -> np.ndarray:
+        """See `Block`."""
+        return np.zeros(self.width, dtype=np.int64)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """See `Block`."""
+        if self.width == 1 or self.start == 0:
+            return None
+        keys = torch.arange(self.length, device=self.device)
+        return (keys <= keys[self.start :, None])[None, None]
+
+    def pick(self, table: Tensor) -> Tensor:
+        """See `Block`."""
+        return table[self.start : self.length]
+
+    def store(self, pair: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Block`."""
+        pair[:, 0, :, self.start : self.length] = states.permute(1, 2, 0, 3)
+        seen = pair[:, :, :, : self.length]
+        return seen[0], seen[1]
+
+    def to_grid(self, queries: Tensor) -> Tensor:
+        """See `Block`."""
+        return queries[None].transpose(1, 2)
+
+    def from_grid(self, grid: Tensor) -> Tensor:
+        """See `Block`."""
+        return grid[0].transpose(0, 1).flatten(1)

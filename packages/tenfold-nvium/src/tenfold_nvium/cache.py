@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from tenfold_nvium.block import Block
+from tenfold_nvium.block import Block, SoloBlock
 from tenfold_nvium.configuration import NviumConfig
 
 if TYPE_CHECKING:
@@ -181,12 +181,19 @@ class NviumCache(Cache):
         `row_of [n]`."""
         self._waiting[segment].append((row_of, states))
         if segment == 0:
-            np.add.at(self.lengths, row_of, 1)
+            self.lengths += np.bincount(row_of, minlength=self.rows)
 
     def take(self, segment: int, rows: np.ndarray) -> tuple[Tensor, Block]:
         """Removes everything that waits for `segment` in `rows` (ascending): flat states
         `[n, H]` and their block. The segment's frontier moves past them."""
-        chunks, before = self._waiting[segment], self.waiting_counts(segment)
+        chunks = self._waiting[segment]
+        if self.rows == 1:
+            self._waiting[segment] = []
+            states = chunks[0][1] if len(chunks) == 1 else torch.cat([s for _, s in chunks])
+            solo = SoloBlock(int(self.frontier[segment, 0]), states.shape[0], states.device)
+            self.frontier[segment, 0] = solo.length
+            return states, solo
+        before = self.waiting_counts(segment)
         row_of, states = chunks[0] if len(chunks) == 1 else (
             np.concatenate([r for r, _ in chunks]), torch.cat([s for _, s in chunks])
         )  # fmt: skip

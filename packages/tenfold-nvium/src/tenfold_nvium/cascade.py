@@ -12,6 +12,7 @@ Shapes: `b` rows of the step, `n` tokens of a block, `H` hidden, `V` vocabulary,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,10 +20,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from tenfold.errors import RunFailed
-from torch import Tensor
+from torch import Tensor, nn
 
-from tenfold_nvium.block import Block
+from tenfold_nvium.block import FIRST_ROW, Block
 from tenfold_nvium.cache import NviumCache
+from tenfold_nvium.exit_runners import ExitRunner
 from tenfold_nvium.layers import SegmentRunner
 from tenfold_nvium.mixture import in_full_precision
 from tenfold_nvium.policies import ExitPolicy, log_sigmoid
@@ -60,10 +62,15 @@ def embed(
     model: NviumForCausalLM, cache: NviumCache, rows: np.ndarray, tokens: Sequence[Sequence[int]]
 ) -> None:
     """Lets new tokens (`tokens[i]` for cache row `rows[i]`) wait for the first segment."""
-    flat = torch.tensor([t for row in tokens for t in row], device=model.device)
+    table = model.model.embed_tokens
     row_of = np.repeat(rows, [len(row) for row in tokens])
     with torch.inference_mode():
-        cache.push(0, row_of, model.model.embed_tokens(flat))
+        if len(row_of) == 1 and type(table) is nn.Embedding:
+            states = table.weight.select(0, tokens[0][0])[None]
+        else:
+            flat = torch.tensor([t for row in tokens for t in row], device=table.weight.device)
+            states = table(flat)
+        cache.push(0, row_of, states)
 
 
 def run_segment(
@@ -87,6 +94,7 @@ def run_segment(
     return states, block
 
 
+@torch.inference_mode()
 def flush(
     runner: SegmentRunner,
     cache: NviumCache,
@@ -123,7 +131,9 @@ def cascade(
     Raises:
         RunFailed: a router gave NaN.
     """
-    step = _Step(model, policy, uniforms, len(rows))
+    if cache.rows == 1 and not (deep or policy.mixes):
+        return _solo(runner, cache, policy, uniforms[0], observer)
+    step = _Step(runner.exits, policy, uniforms, len(rows))
     undecided = everyone = np.arange(len(rows))
     for k in range(cache.segments):
         running = everyone if deep else undecided
@@ -141,14 +151,47 @@ def cascade(
     return step.choice()
 
 
+def _solo(
+    runner: SegmentRunner,
+    cache: NviumCache,
+    policy: ExitPolicy,
+    uniforms: np.ndarray,
+    observer: Observer | None,
+) -> Choice:
+    """The step of a cache with one row, in plain numbers: on small models arrays of one element
+    cost as much as a layer."""
+    last = cache.segments - 1
+    odds, widths, k = [math.nan] * last, [0] * cache.segments, 0
+    while True:
+        states, block = run_segment(runner, cache, k, FIRST_ROW, observer)
+        widths[k] = block.width
+        at_exit = runner.exits[k]
+        normed = at_exit.normed(states if block.width == 1 else states[-1:])
+        if k == last:
+            break
+        odds[k] = float(at_exit.log_odds(normed)[0])
+        if math.isnan(odds[k]):
+            raise broken_router(k)
+        if policy.leaves_one(k, odds[k], float(uniforms[k])):
+            break
+        k += 1
+    scores = runner.exits[k].logits(normed)
+    return Choice(np.array([k]), scores, np.array([odds]), np.array([widths]))
+
+
+def broken_router(k: int) -> RunFailed:
+    """The error of a router that answers NaN."""
+    return RunFailed(f"the router of exit {k + 1} gave NaN; the weights are broken")
+
+
 class _Step:
     """Bookkeeping of one step: visited gates, accumulated mixture, who left where."""
 
     def __init__(
-        self, model: NviumForCausalLM, policy: ExitPolicy, uniforms: np.ndarray, rows: int
+        self, runners: Sequence[ExitRunner], policy: ExitPolicy, uniforms: np.ndarray, rows: int
     ) -> None:
-        self.model, self.policy, self.uniforms = model, policy, uniforms
-        early = model.num_exits - 1
+        self.runners, self.policy, self.uniforms = runners, policy, uniforms
+        early = len(runners) - 1
         self.exits = np.full(rows, -1)
         self.log_odds = np.full((rows, early), np.nan)
         self.widths = np.zeros((rows, early + 1), dtype=np.int64)
@@ -160,12 +203,12 @@ class _Step:
     def visit(self, k: int, rows: np.ndarray, states: Tensor) -> np.ndarray:
         """Rows (indices of the step) arrive at exit k with `states [len(rows), H]`; those that
         go on are returned."""
-        normed = self.model.normed(k, states)
-        odds = None
-        if k < len(self.model.exits):
-            odds = self.model.gate(k, normed).double().cpu().numpy()
+        runner = self.runners[k]
+        normed, odds = runner.normed(states), None
+        if k + 1 < len(self.runners):
+            odds = runner.log_odds(normed)
             if np.isnan(odds).any():
-                raise RunFailed(f"the router of exit {k + 1} gave NaN; the weights are broken")
+                raise broken_router(k)
             self.log_odds[rows, k] = odds
         if self.policy.mixes:
             leaving, scores = self._mix(k, rows, normed, odds)
@@ -175,7 +218,7 @@ class _Step:
                 leaving = self.policy.leaves(k, odds, self.uniforms[rows, k])
             scores = None
             if leaving.any():
-                scores = self.model.head_logits(k, _where(normed, leaving))
+                scores = runner.logits(_where(normed, leaving))
         if scores is not None:
             self._parts.append((rows[leaving], scores))
             self.exits[rows[leaving]] = k
@@ -187,7 +230,7 @@ class _Step:
         """Adds head k's share to the rows' mixtures; which of them are decided, and their
         scores. `self._mixed` holds one line per row still on its way."""
         share = self.reach[rows] + (log_sigmoid(odds) if odds is not None else 0.0)
-        heads = in_full_precision(self.model.head_logits(k, normed)).log_softmax(-1)
+        heads = in_full_precision(self.runners[k].logits(normed)).log_softmax(-1)
         part = heads + torch.from_numpy(share).to(heads)[:, None]
         mixed = part if self._mixed is None else torch.logaddexp(self._mixed, part)
         if odds is None:

@@ -246,8 +246,8 @@ class _Run:
             self._first = end
         trace.flushes += len(flushed)
         if not deep:
-            reached = np.count_nonzero(choice.widths, axis=0) > 0
-            trace.launches = [n + int(reached[m]) for m, n in enumerate(trace.launches)]
+            deepest = int(choice.exits.max())
+            trace.launches = [n + (m <= deepest) for m, n in enumerate(trace.launches)]
         going = []
         for i, r in enumerate(self.active.tolist()):
             row, exit_index = self.rows[r], int(choice.exits[i])

@@ -3,9 +3,9 @@
 Two ways to run a layer with the same arithmetic:
 
 - `ModuleLayer` calls the layer's own projections, so adapters, hooks and quantised weights work;
-- `PackedLayer` holds query, key and value projections as one matrix, gate and up likewise, and
-  adds residuals inside the matrix products: about half the launched operations, which is what a
-  step costs on small models. It keeps a *copy* of those weights; make a new one when they change.
+- `PackedLayer` holds query, key and value projections as one matrix, gate and up likewise, adds
+  residuals inside the matrix products, and lays matrices out for few tokens (`packing`). It keeps
+  *copies* of the weights; make a new one when they change.
 
 Shapes: `n` tokens of a block, `H` hidden, `A` query heads, `G` key-value heads, `D` head size.
 """
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from tenfold_nvium.block import Block
 from tenfold_nvium.cache import FrontierLayer, NviumCache
+from tenfold_nvium.exit_runners import module_exits, packed_exits
+from tenfold_nvium.packing import PackedLinear, PackedNorm
 
 if TYPE_CHECKING:
     from tenfold_nvium.modeling import NviumForCausalLM
@@ -95,58 +97,58 @@ class ModuleLayer:
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
-@dataclass(slots=True)
 class PackedLayer:
     """Runs a layer from packed weights."""
 
-    layer: Any
-    heads: Heads
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
+    def __init__(self, layer: Any, heads: Heads) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._heads = heads
+        before = PackedNorm(layer.input_layernorm, folded=True)
+        between = PackedNorm(layer.post_attention_layernorm, folded=True)
+        self._norms = before, between
+        self._qkv = PackedLinear.of(
+            attention.q_proj, attention.k_proj, attention.v_proj, scale=before.scale
+        )
+        self._out = PackedLinear.of(attention.o_proj)
+        self._gate_up = PackedLinear.of(mlp.gate_proj, mlp.up_proj, scale=between.scale)
+        self._down = PackedLinear.of(mlp.down_proj)
+        self._activation = mlp.act_fn
+        self._head_norms = (
+            (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
+        )
 
     def run(
         self, x: Tensor, cos: Tensor, sin: Tensor, store: FrontierLayer, block: Block
     ) -> Tensor:
         """See `LayerRunner`."""
-        layer, heads = self.layer, self.heads
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv = F.linear(layer.input_layernorm(x), self.qkv, self.qkv_bias)
-        qkv = qkv.view(x.shape[0], -1, heads.size)
-        if hasattr(attention, "q_norm"):
+        heads = self._heads
+        qkv = self._qkv(self._norms[0](x)).view(x.shape[0], -1, heads.size)
+        if self._head_norms is not None:
+            q_norm, k_norm = self._head_norms
             split = heads.queries + heads.groups
-            qkv[:, : heads.queries] = attention.q_norm(qkv[:, : heads.queries])
-            qkv[:, heads.queries : split] = attention.k_norm(qkv[:, heads.queries : split])
-        mixed = heads.attend(qkv, cos, sin, store, block)
-        x = _add_product(x, mixed, attention.o_proj)
-        normed = layer.post_attention_layernorm(x)
-        gate, up = F.linear(normed, self.gate_up, self.gate_up_bias).chunk(2, -1)
-        return _add_product(x, mlp.act_fn(gate).mul_(up), mlp.down_proj)
-
-
-def _add_product(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
-    """`x + linear(y)` with the addition inside the product."""
-    x = torch.addmm(x, y, linear.weight.t())
-    return x if linear.bias is None else x.add_(linear.bias)
+            qkv[:, : heads.queries] = q_norm(qkv[:, : heads.queries])
+            qkv[:, heads.queries : split] = k_norm(qkv[:, heads.queries : split])
+        x = self._out.add_to(x, heads.attend(qkv, cos, sin, store, block))
+        gate, up = self._gate_up(self._norms[1](x)).chunk(2, -1)
+        return self._down.add_to(x, self._activation(gate).mul_(up))
 
 
 class SegmentRunner:
-    """Runs the segments of a model on blocks.
+    """Runs the segments of a model on blocks, and its exits on states.
 
     Args:
         model: the model.
-        packed: copy projections into packed matrices (layers whose projections are not plain
-            linear layers run through their modules all the same).
+        packed: copy weights into packed matrices (parts whose projections are not plain linear
+            layers run through their modules all the same).
     """
 
     def __init__(self, model: NviumForCausalLM, *, packed: bool = False) -> None:
         self._model = model
         make = pack_layer if packed else module_layer
         self._layers: list[LayerRunner] = [make(layer) for layer in model.model.layers]
+        self.exits = packed_exits(model) if packed else module_exits(model)
         self._segments = model.config.segments
 
-    @torch.inference_mode()
     def run(self, segment: int, x: Tensor, block: Block, cache: NviumCache) -> Tensor:
         """Runs a segment on the block's residual streams `x [n, H]`."""
         cos, sin = (
@@ -170,19 +172,14 @@ def module_layer(layer: Any) -> ModuleLayer:
     return ModuleLayer(layer, heads)
 
 
-@torch.no_grad()
 def pack_layer(layer: Any) -> LayerRunner:
     """A layer with packed projections, or a `ModuleLayer` when they are not plain."""
     plain = module_layer(layer)
     attention, mlp = layer.self_attn, layer.mlp
-    qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-    gate_up = [mlp.gate_proj, mlp.up_proj]
-    if any(type(m) is not nn.Linear for m in (*qkv, *gate_up, attention.o_proj, mlp.down_proj)):
+    projections = (
+        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+        mlp.gate_proj, mlp.up_proj, mlp.down_proj,
+    )  # fmt: skip
+    if any(type(m) is not nn.Linear for m in projections):
         return plain
-    return PackedLayer(layer, plain.heads, *_join(qkv), *_join(gate_up))
-
-
-def _join(modules: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    biases = [m.bias for m in modules]
-    weight = torch.cat([m.weight.data for m in modules])
-    return weight, None if biases[0] is None else torch.cat([m.bias for m in modules])
+    return PackedLayer(layer, plain.heads)

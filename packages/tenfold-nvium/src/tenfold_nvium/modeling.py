@@ -34,7 +34,7 @@ from tenfold_nvium.backbone import (
 )
 from tenfold_nvium.cache import NviumCache
 from tenfold_nvium.configuration import NviumConfig
-from tenfold_nvium.exits import NviumExit, ScaledLinear, make_adapter
+from tenfold_nvium.exits import NviumExit, NviumRouter, ScaledLinear, make_adapter
 from tenfold_nvium.generation import RoutedGenerationMixin
 from tenfold_nvium.loss import IGNORED, target_log_probs
 from tenfold_nvium.mixture import (
@@ -142,6 +142,13 @@ class NviumForCausalLM(NviumPreTrainedModel, RoutedGenerationMixin):
 
     def _exit(self, k: int) -> NviumExit:
         return cast(NviumExit, self.exits[k])
+
+    def exit_parts(self, k: int) -> tuple[nn.Module, NviumRouter | None, nn.Module]:
+        """Norm, router (none at the last exit) and adapter of exit `k` (0-based)."""
+        if k == len(self.exits):
+            return self.model.norm, None, self.final_adapter
+        parts = self._exit(k)
+        return parts.norm, parts.router, parts.adapter
 
     def normed(self, k: int, state: Tensor) -> Tensor:
         """`n_k` of exit `k` (0-based) from the residual stream `x_k [..., H]`."""

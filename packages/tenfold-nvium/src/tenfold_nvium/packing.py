@@ -1,0 +1,128 @@
+"""Weights laid out for decoding: matrices that multiply one token, or a few, at a time.
+
+A decoding step is bound by reading weights, so the layout decides. Measured on CPU (fp32, MKL and
+oneDNN, see `benchmarks/decode.md`): a vector times a matrix with more columns than rows runs up to
+twice as fast from the transposed matrix, and blocks of 2 to 16 tokens up to twice as fast from
+oneDNN's blocked layout. Copies are made once; they do not follow later changes of the weights.
+
+Shapes: `n` tokens, `I` inputs, `O` outputs.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold_nvium.exits import NviumRMSNorm
+
+_BLOCKED_WIDTHS = range(2, 17)
+"""Numbers of tokens that the blocked layout is used for; wider products are not bound by memory."""
+_BLOCKED_HINT = 4
+"""Width that the blocked layout is made for."""
+
+
+class PackedLinear:
+    """`y = x W^T + b`.
+
+    Args:
+        weight: `[O, I]`.
+        bias: `[O]`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        outputs, inputs = weight.shape
+        self.columns = weight.t().contiguous() if outputs > inputs else weight.t()
+        """`[I, O]`"""
+        self.bias = bias
+        self._weight = weight
+
+    @classmethod
+    def of(cls, *layers: nn.Linear, scale: Tensor | None = None) -> PackedLinear:
+        """The concatenated outputs of one or more linear layers over the same input, all with
+        or all without a bias; inputs are multiplied by `scale [I]`."""
+        weights = [m.weight.detach() for m in layers]
+        biases = [m.bias.detach() for m in layers if m.bias is not None]
+        weight = weights[0] if len(layers) == 1 else torch.cat(weights)
+        if scale is not None:
+            weight = weight * scale
+        return cls(weight, torch.cat(biases) if biases else None)
+
+    @cached_property
+    def _blocked(self) -> Any:
+        """The blocked copy, made when several tokens first meet."""
+        return _blocked(self._weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x [n, I]` to `[n, O]`."""
+        if x.shape[0] in _BLOCKED_WIDTHS and self._blocked is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self._blocked, self.bias, "none", [], "")
+        if self.bias is None:
+            return torch.mm(x, self.columns)
+        return torch.addmm(self.bias, x, self.columns)
+
+    def add_to(self, x: Tensor, y: Tensor) -> Tensor:
+        """`x + self(y)`, the addition inside the product: `x [n, O]`, `y [n, I]`."""
+        if x.shape[0] in _BLOCKED_WIDTHS and self._blocked is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(y, x, self._blocked, self.bias, "add")
+        x = torch.addmm(x, y, self.columns)
+        return x if self.bias is None else x.add_(self.bias)
+
+
+def _blocked(weight: Tensor) -> Any:
+    """A copy in oneDNN's blocked layout, or None where there is none (other devices, number
+    types, and builds of torch)."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _BLOCKED_HINT)
+    except (AttributeError, RuntimeError):
+        return None
+
+
+class PackedNorm:
+    """A root-mean-square norm in few operations (`F.rms_norm` launches ten on CPU).
+
+    Computes in the hidden state's own type, so half precision is left to the module.
+
+    Args:
+        norm: the module.
+        folded: leave out the multiplication with `weight`, for the matrices behind to contain.
+    """
+
+    def __init__(self, norm: nn.Module, *, folded: bool = False) -> None:
+        self._module = norm
+        self._folded = folded
+        self._quick = isinstance(norm, NviumRMSNorm) and is_wide(norm.weight)
+        self.scale: Tensor | None = None
+        """What the matrices behind a folded norm must contain."""
+        if isinstance(norm, NviumRMSNorm) and self._quick:
+            size = norm.weight.shape[0]
+            self._weight = norm.weight.detach() * size**0.5
+            self._eps = norm.variance_epsilon * size
+            self.scale = self._weight if folded else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x [n, H]` normalised."""
+        if not self._quick:
+            return self._module(x)
+        # x w sqrt(H) / sqrt(sum x^2 + H eps)
+        if not self._folded:
+            return (x * self._weight).mul_(self._inverse_length(x))
+        return x * self._inverse_length(x)
+
+    def _inverse_length(self, x: Tensor) -> Tensor | float:
+        if x.shape[0] == 1 and x.device.type == "cpu":
+            vector = x[0]
+            return (torch.dot(vector, vector).item() + self._eps) ** -0.5
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        return square.add_(self._eps).rsqrt_()
+
+
+def is_wide(weight: Tensor) -> bool:
+    """Whether sums may be taken in the weight's own number type: fp32 or fp64."""
+    return weight.dtype in (torch.float32, torch.float64)
