@@ -28,6 +28,7 @@ from tenfold_nvium.block import Block, SoloBlock
 from tenfold_nvium.configuration import NviumConfig
 
 if TYPE_CHECKING:
+    from tenfold_nvium.layers import SegmentRunner
     from tenfold_nvium.modeling import NviumForCausalLM
 
 _FIRST_CAPACITY = 64
@@ -139,6 +140,8 @@ class NviumCache(Cache):
         """Exit (0-based) of each row per decoded column, -1 for rows that had ended."""
         self._ended = np.zeros(0, dtype=bool)
         self._frozen = np.zeros(0, dtype=bool)
+        self.runner: SegmentRunner | None = None
+        """What `forward` runs segments with while `generate` uses this cache."""
         layers = range(config.num_hidden_layers)
         self.stores = [FrontierLayer(self, config.segment_of(i)) for i in layers]
         super().__init__(layers=list(self.stores))

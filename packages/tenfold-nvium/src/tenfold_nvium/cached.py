@@ -83,7 +83,7 @@ def _full_depth(
     """All new tokens through all segments; log p_mix for the columns asked for."""
     from tenfold_nvium.modeling import NviumOutput
 
-    runner, counts = SegmentRunner(model), real.sum(-1).cpu().numpy()
+    runner, counts = cache.runner or SegmentRunner(model), real.sum(-1).cpu().numpy()
     states = []
     for segment in range(cache.segments):
         rows = np.flatnonzero(cache.waiting_counts(segment))
@@ -118,7 +118,7 @@ def _routed(
     rows = np.flatnonzero(~ended)
     if not bool(real[torch.from_numpy(rows).to(real.device), -1].all()):
         raise ConfigError("routed decoding needs left padding: every row's last column is real")
-    runner = SegmentRunner(model)
+    runner = cache.runner or SegmentRunner(model)
     uniforms = torch.rand(cache.rows, len(model.exits), dtype=torch.float64).numpy()[rows]
     deep = real.shape[1] > 1
     exits = np.full(cache.rows, -1)

@@ -77,6 +77,8 @@ class NviumConfig(PreTrainedConfig):
         loss_chunk_tokens: tokens whose logits exist at once in the loss; 0 turns chunking off.
         decode_policy: exit policy of `generate`; `auto` is exact and as fast as that allows.
         max_deferred: most positions a row may defer before they are completed; None: no limit.
+        packed_decoding: whether `generate` keeps copies of the weights laid out for decoding:
+            up to twice as fast on CPU, for up to three times the memory.
     """
 
     model_type: ClassVar[str] = "nvium"
@@ -122,6 +124,7 @@ class NviumConfig(PreTrainedConfig):
     loss_chunk_tokens: int = 1024
     decode_policy: str = "auto"
     max_deferred: int | None = None
+    packed_decoding: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:

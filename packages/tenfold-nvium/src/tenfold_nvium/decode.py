@@ -25,6 +25,7 @@ from tenfold_nvium.logprobs import ExitRecorder
 from tenfold_nvium.modeling import NviumForCausalLM
 from tenfold_nvium.noise import Noise, PositionNoise
 from tenfold_nvium.policies import ExitPolicy, FullDepth, make_policy
+from tenfold_nvium.runner_cache import packed_runner
 from tenfold_nvium.sampling import Warp, draw
 from tenfold_nvium.trace import DecodeTrace, TokenTrace
 
@@ -67,7 +68,8 @@ class Decoded:
 class PiggybackDecoder:
     """Generates from an N-vium model.
 
-    It keeps a packed copy of the layers' weights: make a new one after the weights change.
+    It decodes from packed copies of the weights: make a new one after the weights change. The
+    copies are shared by all decoders of a model (`runner_cache`).
 
     Args:
         model: the model, in evaluation mode.
@@ -95,7 +97,7 @@ class PiggybackDecoder:
         if limit is not None and limit < 1:
             raise ConfigError(f"max_deferred is {limit}; None or at least 1")
         self.max_deferred = limit
-        self._runner = SegmentRunner(model, packed=packed)
+        self._runner = packed_runner(model) if packed else SegmentRunner(model)
 
     @torch.inference_mode()
     def generate(

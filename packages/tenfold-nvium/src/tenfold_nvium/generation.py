@@ -9,7 +9,7 @@ Beam search and assisted generation run at full depth.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tenfold.errors import ConfigError
 from torch import Tensor
@@ -17,6 +17,10 @@ from transformers import Cache, DynamicCache, GenerationMixin, StoppingCriteriaL
 
 from tenfold_nvium.cache import NviumCache
 from tenfold_nvium.policies import ExitPolicy, make_policy
+from tenfold_nvium.runner_cache import packed_runner
+
+if TYPE_CHECKING:
+    from tenfold_nvium.modeling import NviumForCausalLM
 
 AUTO = "auto"
 
@@ -72,10 +76,21 @@ class RoutedGenerationMixin(GenerationMixin):
             if any(hasattr(c, "eos_token_id") for c in stopping_criteria):
                 stopping_criteria = WatchedStopping(stopping_criteria, cache)
         parent: Any = super()
-        return parent._sample(
-            input_ids, logits_processor, stopping_criteria, generation_config,
-            synced_gpus=synced_gpus, streamer=streamer, **model_kwargs,
-        )  # fmt: skip
+        try:
+            if isinstance(cache, NviumCache) and self._packs():
+                cache.runner = packed_runner(cast("NviumForCausalLM", self))
+            return parent._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config,
+                synced_gpus=synced_gpus, streamer=streamer, **model_kwargs,
+            )  # fmt: skip
+        finally:
+            if isinstance(cache, NviumCache):
+                cache.runner = None
+
+    def _packs(self) -> bool:
+        """Whether to decode from packed copies of the weights: not in a training loop, whose
+        weights change after every call."""
+        return bool(getattr(self, "config").packed_decoding) and not getattr(self, "training")  # noqa: B009
 
     def _policy(
         self, asked: Any, samples: bool, edits_scores: bool, synced: bool

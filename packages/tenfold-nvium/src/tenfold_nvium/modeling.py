@@ -44,6 +44,7 @@ from tenfold_nvium.mixture import (
     mixture_log_prob,
     router_warmup_loss,
 )
+from tenfold_nvium.runner_cache import ATTRIBUTE
 
 LOSS_PHASES = ("main", "warmup")
 
@@ -132,6 +133,10 @@ class NviumForCausalLM(NviumPreTrainedModel, RoutedGenerationMixin):
         self.loss_phase = "main"
         self.compute_penalty = float(config.compute_penalty)
         self.post_init()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The module's state without packed copies of its weights."""
+        return {name: value for name, value in self.__dict__.items() if name != ATTRIBUTE}
 
     # --- Exits ------------------------------------------------------------------------------
 
