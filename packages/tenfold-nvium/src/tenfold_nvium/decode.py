@@ -248,8 +248,7 @@ class _Run:
             self._first = end
         trace.flushes += len(flushed)
         if not deep:
-            deepest = int(choice.exits.max())
-            trace.launches = [n + (m <= deepest) for m, n in enumerate(trace.launches)]
+            trace.ran(choice.widths.sum(axis=0).tolist())
         going = []
         for i, r in enumerate(self.active.tolist()):
             row, exit_index = self.rows[r], int(choice.exits[i])

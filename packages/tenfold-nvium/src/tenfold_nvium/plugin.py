@@ -201,6 +201,23 @@ def tenfold_evaluators() -> list[ComponentSpec]:
             extras=_EXTRAS,
         ),
         ComponentSpec(
+            "speed",
+            "tenfold_nvium.speed:Speed",
+            "How fast models decode the same prompts, taking turns; measured against the limit",
+            params=(
+                Param("baseline", "str", "dense", "role that speed-ups refer to"),
+                Param("max_new_tokens", "int", 64, "tokens per prompt", minimum=2),
+                *_SAMPLING[1:],
+                Param("max_prompt_tokens", "int", 896, "longer prompts keep their end", minimum=1),
+                Param("rounds", "int", 3, "timed rounds per prompt", minimum=1),
+                Param("seed", "int", None, "of sampling; default: the run's"),
+            ),
+            requires={"*": ("generate",)},
+            data=data,
+            modules=_HEAVY,
+            extras=_EXTRAS,
+        ),
+        ComponentSpec(
             "exactness",
             "tenfold_nvium.exactness:Exactness",
             "Checks that piggybacked decoding equals full recomputation on a checkpoint",

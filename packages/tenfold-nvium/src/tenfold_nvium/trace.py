@@ -6,6 +6,7 @@ flush followed, start and end time. Exits are 1-based here, as in reports.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ class DecodeTrace:
     Attributes:
         depths: depth of each exit in layers, the last one included.
         launches: how often each segment ran while decoding (prompts and flushes not counted).
+        blocks: per segment, how often it ran on a block of each width (tokens of all rows),
+            prompts and flushes not counted.
         flushes: how often deferred work was completed because of `max_deferred`.
         prefill_s, decode_s: wall-clock seconds.
     """
@@ -44,12 +47,21 @@ class DecodeTrace:
     depths: Sequence[int]
     tokens: list[TokenTrace] = field(default_factory=list)
     launches: list[int] = field(default_factory=list)
+    blocks: list[Counter[int]] = field(default_factory=list)
     flushes: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.launches = self.launches or [0] * len(self.depths)
+        self.blocks = self.blocks or [Counter() for _ in self.depths]
+
+    def ran(self, widths: Sequence[int]) -> None:
+        """Takes note of one step: each segment's block width, 0 where it did not run."""
+        for segment, width in enumerate(widths):
+            if width:
+                self.launches[segment] += 1
+                self.blocks[segment][width] += 1
 
     @property
     def exit_histogram(self) -> dict[str, int]:

@@ -10,8 +10,10 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TypeVar
 
 Interval = tuple[float, float]
+T = TypeVar("T")
 
 
 def normal_quantile(confidence: float = 0.95) -> float:
@@ -112,8 +114,8 @@ class RatioSum:
 
 
 def bootstrap(
-    values: Sequence[float],
-    statistic: Callable[[Sequence[float]], float],
+    values: Sequence[T],
+    statistic: Callable[[Sequence[T]], float],
     *,
     seed: int = 0,
     resamples: int = 1000,
