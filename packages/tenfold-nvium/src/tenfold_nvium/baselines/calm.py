@@ -102,16 +102,7 @@ class CalmDecoder:
         warp: Warp | None = None,
         packed: bool = True,
     ) -> None:
-        if not isinstance(model, CalmForCausalLM):
-            raise ConfigError(
-                f"CALM decodes a model whose exits were trained for it, a CalmForCausalLM; "
-                f"this is a {type(model).__name__}"
-            )
-        check_choice("measure", measure, MEASURES)
-        if not threshold >= 0:
-            raise ConfigError(
-                f"threshold is {threshold}; it must be 0 or more (1 or more: always full depth)"
-            )
+        check_settings(model, threshold, measure)
         self.model: Any = model
         self.threshold, self.measure, self.warp = threshold, measure, warp or Warp()
         self._runner = SegmentRunner(self.model, packed=packed)
@@ -290,3 +281,17 @@ def _pick(values: Tensor, chosen: np.ndarray) -> Tensor:
     if chosen.all():
         return values
     return values[torch.from_numpy(np.flatnonzero(chosen)).to(values.device)]
+
+
+def check_settings(model: Any, threshold: float, measure: str) -> None:
+    """Raises ConfigError for another model, an unknown measure, or a negative threshold."""
+    if not isinstance(model, CalmForCausalLM):
+        raise ConfigError(
+            f"CALM decodes a model whose exits were trained for it, a CalmForCausalLM; "
+            f"this is a {type(model).__name__}"
+        )
+    check_choice("measure", measure, MEASURES)
+    if not threshold >= 0:
+        raise ConfigError(
+            f"threshold is {threshold}; it must be 0 or more (1 or more: always full depth)"
+        )

@@ -125,9 +125,7 @@ class LayerSkipDecoder:
     ) -> None:
         self.model: Any = model
         self.exit_layer = drafting_depth(model, exit_layer)
-        if draft_length < 1:
-            raise ConfigError(f"draft_length is {draft_length}; it must be at least 1")
-        self.draft_length, self.warp = draft_length, warp or Warp()
+        self.draft_length, self.warp = check_draft_length(draft_length), warp or Warp()
         self._view = split_at(model, self.exit_layer)
         self._runner = SegmentRunner(self._view, packed=packed)
         self._last = model.num_exits - 1
@@ -293,6 +291,17 @@ class _Text:
     def _run(self, segment: int) -> Tensor:
         """All that waits for a segment, `[n, H]`."""
         return run_segment(self._decoder._runner, self._cache, segment, _ROW)[0]
+
+
+def check_draft_length(draft_length: int) -> int:
+    """The number itself.
+
+    Raises:
+        ConfigError: it is below 1.
+    """
+    if draft_length < 1:
+        raise ConfigError(f"draft_length is {draft_length}; it must be at least 1")
+    return draft_length
 
 
 def drafting_depth(model: Any, exit_layer: int | None) -> int:

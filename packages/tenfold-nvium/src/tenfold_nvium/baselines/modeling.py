@@ -91,6 +91,10 @@ class ExitForCausalLM(NviumPreTrainedModel, GenerationMixin):
             return self.exit_norms[k](state)
         return self.model.norm(state)
 
+    def head_input(self, k: int, normed: Tensor) -> Tensor:
+        """What head `k` multiplies: `normed` itself, there are no adapters."""
+        return normed
+
     def head_logits(self, k: int, normed: Tensor) -> Tensor:
         """Head `k`'s logits `[..., V]` from `normed [..., H]`; all heads are one."""
         return F.linear(normed, self.lm_head.weight)
@@ -163,7 +167,7 @@ class ExitForCausalLM(NviumPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         sums = -values.view(len(needed), -1).sum(-1)
         count = (targets != IGNORED).sum().clamp(min=1)
-        weights = torch.tensor([self.loss_weights[k] for k in needed]).to(sums)
+        weights = sums.new_tensor([self.loss_weights[k] for k in needed])
         output.loss = (weights * sums).sum() / (count if num_items is None else num_items)
         output.exit_losses = torch.full((self.num_exits,), torch.nan).to(sums)
         output.exit_losses[needed] = sums.detach() / count
