@@ -183,19 +183,21 @@ class ExitForCausalLM(NviumPreTrainedModel, GenerationMixin):
         states = [hidden]
         for i, layer in enumerate(self.model.layers):
             rows = keep[i].nonzero()[:, 0].to(hidden.device)
-            if len(rows) == 0:
-                # Every weight takes part in every step: its optimizer state then does not
-                # depend on how rows are spread over processes and accumulation steps.
-                hidden = hidden + 0.0 * sum(p.sum() for p in layer.parameters())
+            # A layer that no row keeps runs for the first one and counts for nothing: every
+            # process then runs every layer, which sharded weights need, and every weight gets
+            # a gradient, however rows are spread over processes and accumulation steps.
+            idle = len(rows) == 0
+            run = _Rows(rows.new_zeros(1) if idle else rows, hidden.shape[0])
+            out = layer(
+                run.of(hidden),
+                attention_mask=run.of(mask),
+                position_ids=run.of(positions),
+                position_embeddings=tuple(run.of(a) for a in angles),
+                **kwargs,
+            )
+            if idle:
+                hidden = hidden + 0.0 * out.sum()
             else:
-                run = _Rows(rows, hidden.shape[0])
-                out = layer(
-                    run.of(hidden),
-                    attention_mask=run.of(mask),
-                    position_ids=run.of(positions),
-                    position_embeddings=tuple(run.of(a) for a in angles),
-                    **kwargs,
-                )
                 hidden = out if run.whole else hidden.index_copy(0, rows, out)
             states.append(hidden)
         return states
