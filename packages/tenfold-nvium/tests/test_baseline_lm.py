@@ -112,7 +112,7 @@ def test_a_given_width_and_exits_are_the_matched_nviums():
 
 @pytest.mark.parametrize("trainer", [CalmPretrainer, LayerSkipPretrainer])
 def test_accumulation_and_interruption_change_nothing(trainer, tmp_path):
-    """Layer dropout, rotation and ramp are functions of step and row alone."""
+    """Nor does checkpointing: dropout, rotation and ramp are functions of step and row alone."""
     settings = {"preset": "tiny", "steps": 8, "save_steps": 3, "eval_rows": 0}
     if trainer is LayerSkipPretrainer:
         settings |= {"layer_dropout": 0.6, "dropout_curriculum": "constant", "early_exits": [1, 2]}
@@ -133,7 +133,7 @@ def test_accumulation_and_interruption_change_nothing(trainer, tmp_path):
             raise KeyboardInterrupt
 
     whole = weights(trained("whole"))
-    parts = weights(trained("parts", gradient_accumulation=4))
+    parts = weights(trained("parts", gradient_accumulation=4, gradient_checkpointing=True))
     with pytest.raises(KeyboardInterrupt):
         trained("cut", on_advance=interrupt)
     cut = weights(trained("cut"))

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from baseline_cases import dense_of, slow_calm, slow_greedy, tiny_calm, tiny_layerskip
+from baseline_cases import (
+    SlowCalm,
+    dense_of,
+    slow_calm,
+    slow_greedy,
+    tiny_calm,
+    tiny_layerskip,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tenfold.errors import ConfigError
@@ -64,7 +71,6 @@ def test_any_shape_equals_the_slow_way(base, exits, groups, norms, threshold, se
 def test_propagated_keys_and_values_are_each_layers_own_projections(model):
     """The cache itself, against the slow decoder's lists, up to what has been filled."""
     import numpy as np
-    from baseline_cases import SlowCalm
     from tenfold_nvium.baselines.calm import CalmTrace
     from tenfold_nvium.cache import NviumCache
 
@@ -128,6 +134,41 @@ def test_leaves_at_exactly_the_trained_depths():
     for k, depth in enumerate((1, 3, 4)):
         norm = model.exit_norms[k] if k < 2 else model.model.norm
         torch.testing.assert_close(heads[k], model.lm_head(norm(states[depth][0, -1])))
+
+
+def test_half_precision_and_a_pattern_of_exits():
+    """bf16: a threshold of 1 is the dense decoder bit for bit; a chosen pattern is followed."""
+    model = tiny_calm(dtype=torch.bfloat16)
+    got = CalmDecoder(model, 1.0).generate(PROMPTS, 20)
+    wanted = PiggybackDecoder(dense_of(model), "full").generate(PROMPTS, 20)
+    assert [r.tokens for r in got.rows] == [r.tokens for r in wanted.rows]
+    pattern = [0, 2, 1, 1, 0, 0, 2, 0, 1, 2, 0]
+
+    class Patterned(CalmDecoder):
+        at = 0
+
+        def confidence(self, k, states, before):
+            leaves = pattern[self.at] == k
+            self.at += leaves or k == 1
+            return torch.full((len(states),), float(leaves)), None
+
+    done = Patterned(model, 0.5).generate(PROMPTS[:1], 12)
+    assert done.rows[0].exits == [2, *pattern]
+    text = [*PROMPTS[0], *done.rows[0].tokens]
+    slow = tiny_calm()
+    slow.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    reader = SlowCalm(slow, 0.5, "margin")
+    for token in text[:3]:
+        reader.read(token, deep=True)
+    answers = []
+    reader._confidence = lambda *_: answers.pop(0)
+    for n, k in enumerate(pattern):
+        answers[:] = [k == 0, k == 1]
+        left, logits = reader.read(text[3 + n], deep=False)
+        assert left == k
+        assert done.rows[0].scores[n + 1] == pytest.approx(
+            float(logits.log_softmax(-1)[text[4 + n]]), abs=0.35
+        )
 
 
 def test_forced_text_is_scored_as_it_would_be_written(model):

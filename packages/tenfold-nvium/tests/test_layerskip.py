@@ -149,6 +149,17 @@ def test_scores_are_the_dense_models(model):
         assert got == pytest.approx(wanted.gather(-1, chosen)[:, 0].tolist(), abs=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision_stays_close_to_the_dense_scores(dtype):
+    model = tiny_layerskip(scale=0.15, dtype=dtype)
+    row = LayerSkipDecoder(model, 1, 4).generate([[1, 2]], 30, log_probs=True).rows[0]
+    text = torch.tensor([[1, 2, *row.tokens]])
+    wanted = model(text).logits[0, 1:-1].detach().float().log_softmax(-1)
+    wanted = wanted.gather(-1, torch.tensor(row.tokens)[:, None])[:, 0].tolist()
+    for values in (row.scores, row.log_probs):
+        assert values == pytest.approx(wanted, abs=1e-4 if dtype == torch.float32 else 0.1)
+
+
 # --- Work ---------------------------------------------------------------------------------------
 
 

@@ -250,6 +250,18 @@ class CalmDecoder:
         newest = states if block.size == len(rows) else states[block.ends]
         return newest, block.widths
 
+    def confidence(
+        self, k: int, states: Tensor, before: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Confidence `[b]` of the states `[b, H]` at early exit k (0-based), and their logits
+        `[b, V]` where it needed them; a row leaves where it is above the threshold. `before`
+        holds the states one exit earlier, for `saturation`. Timings along chosen exit patterns
+        override this."""
+        if before is not None:
+            return saturation(states, before), None
+        logits = self.model.head_logits(k, self.model.normed(k, states))
+        return top_confidence(logits, self.measure), logits
+
     def _visit(
         self, k: int, states: Tensor, before: Tensor | None
     ) -> tuple[np.ndarray, Tensor | None]:
@@ -259,11 +271,7 @@ class CalmDecoder:
             return everyone, model.head_logits(k, model.normed(k, states))
         if self.threshold >= 1:
             return ~everyone, None
-        if before is not None:
-            sure, logits = saturation(states, before), None
-        else:
-            logits = model.head_logits(k, model.normed(k, states))
-            sure = top_confidence(logits, self.measure)
+        sure, logits = self.confidence(k, states, before)
         confidence = sure.double().cpu().numpy()
         if np.isnan(confidence).any():
             raise RunFailed(f"the confidence at exit {k + 1} is NaN; the weights are broken")
