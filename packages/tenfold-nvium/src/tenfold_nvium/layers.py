@@ -12,7 +12,11 @@ Shapes: `n` tokens of a block, `H` hidden, `A` query heads, `G` key-value heads,
 
 from __future__ import annotations
 
+import copy
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -21,7 +25,7 @@ from torch import Tensor, nn
 
 from tenfold_nvium.block import Block
 from tenfold_nvium.cache import FrontierLayer, NviumCache
-from tenfold_nvium.exit_runners import module_exits, packed_exits
+from tenfold_nvium.exit_runners import ExitRunner, module_exits, packed_exits
 from tenfold_nvium.packing import PackedLinear, PackedNorm
 
 if TYPE_CHECKING:
@@ -146,8 +150,19 @@ class SegmentRunner:
         self._model = model
         make = pack_layer if packed else module_layer
         self._layers: list[LayerRunner] = [make(layer) for layer in model.model.layers]
-        self.exits = packed_exits(model) if packed else module_exits(model)
+        self._packed = packed
         self._segments = model.config.segments
+
+    @cached_property
+    def exits(self) -> list[ExitRunner]:
+        """Every exit of the model."""
+        return packed_exits(self._model) if self._packed else module_exits(self._model)
+
+    def split_at(self, depths: Sequence[int]) -> SegmentRunner:
+        """The same layers in other segments, which end at these depths (the last one is L)."""
+        twin = copy.copy(self)
+        twin._segments = [range(a, b) for a, b in itertools.pairwise([0, *depths])]
+        return twin
 
     def run(self, segment: int, x: Tensor, block: Block, cache: NviumCache) -> Tensor:
         """Runs a segment on the block's residual streams `x [n, H]`."""

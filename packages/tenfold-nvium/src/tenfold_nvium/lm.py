@@ -21,7 +21,6 @@ from tenfold.records import GenerationConfig
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tenfold_nvium.configuration import NviumConfig
 from tenfold_nvium.decode import Decoded, DecodedRow, PiggybackDecoder
 from tenfold_nvium.mixture import exit_log_probs, mixture_log_prob
 from tenfold_nvium.modeling import NviumForCausalLM
@@ -31,7 +30,30 @@ from tenfold_nvium.sampling import SCOPES, Warp
 AUTO = "auto"
 
 
-class NviumLM(CausalLM):
+class BackboneLM(CausalLM):
+    """What all models of this plugin have in common: how inputs are given, and hidden states."""
+
+    def _inputs(self, batch: TokenBatch) -> dict[str, Any]:
+        inputs = super()._inputs(batch)
+        inputs.pop("use_cache")
+        return inputs
+
+    def hidden_states(self, batch: TokenBatch, layers: Sequence[int]) -> HiddenStates:
+        """Residual-stream states `[B, T, H]`: 0 enters the first layer, i leaves layer i; no
+        norm is applied. Negative numbers count from the last layer.
+
+        Raises:
+            ConfigError: a layer that the model does not have.
+        """
+        depth = self.model.config.num_hidden_layers
+        if bad := [i for i in layers if not -depth - 1 <= i <= depth]:
+            raise ConfigError(f"layer {bad[0]} is not in -{depth + 1}..{depth}")
+        chosen = [i % (depth + 1) for i in layers]
+        states = self.model.layer_states(**self._inputs(self._placed(batch)))
+        return HiddenStates(tuple(chosen), tuple(states[i] for i in chosen))
+
+
+class NviumLM(BackboneLM):
     """An N-vium with its tokenizer.
 
     Provides `generate score loss grad hidden tokenize step exits constrain`.
@@ -187,27 +209,6 @@ class NviumLM(CausalLM):
         weights = torch.nn.functional.pad(exit_log_probs(gates)[:, :-1], pad)
         return weights, heads, scored
 
-    def _inputs(self, batch: TokenBatch) -> dict[str, Any]:
-        inputs = super()._inputs(batch)
-        inputs.pop("use_cache")
-        return inputs
-
-    # --- hidden -------------------------------------------------------------------------------
-
-    def hidden_states(self, batch: TokenBatch, layers: Sequence[int]) -> HiddenStates:
-        """Residual-stream states `[B, T, H]`: 0 enters the first layer, i leaves layer i; no
-        norm is applied. Negative numbers count from the last layer.
-
-        Raises:
-            ConfigError: a layer that the model does not have.
-        """
-        depth = self.model.config.num_hidden_layers
-        if bad := [i for i in layers if not -depth - 1 <= i <= depth]:
-            raise ConfigError(f"layer {bad[0]} is not in -{depth + 1}..{depth}")
-        chosen = [i % (depth + 1) for i in layers]
-        states = self.model.layer_states(**self._inputs(self._placed(batch)))
-        return HiddenStates(tuple(chosen), tuple(states[i] for i in chosen))
-
 
 def load(
     checkpoint: str,
@@ -246,12 +247,29 @@ def load_dense(checkpoint: str, **settings: Any) -> NviumLM:
     return built
 
 
-def load_network(checkpoint: str, dtype: str | None = None) -> tuple[NviumForCausalLM, Any, Path]:
+COMPONENTS = {
+    "nvium": "nvium:causal-lm",
+    "nvium-calm": "nvium:calm",
+    "nvium-layerskip": "nvium:layerskip",
+}
+"""Model types of this plugin, and the component that loads each."""
+
+
+def load_network(
+    checkpoint: str, dtype: str | None = None, model_types: Sequence[str] = ("nvium",)
+) -> tuple[Any, Any, Path]:
     """Network (evaluation mode), tokenizer and folder of a local checkpoint.
+
+    Args:
+        checkpoint: the folder.
+        dtype: number type of the weights; None: the saved one.
+        model_types: what the checkpoint may be.
 
     Raises:
         ConfigError: no such folder, a model of another type, or weights that do not fit.
     """
+    import tenfold_nvium.baselines.modeling  # noqa: F401  (registers the baselines)
+
     folder = Path(checkpoint).expanduser()
     if not (folder / "config.json").is_file():
         raise ConfigError(
@@ -259,10 +277,16 @@ def load_network(checkpoint: str, dtype: str | None = None) -> tuple[NviumForCau
             hint="train one with `nvium:pretrain`, or convert a base with `tenfold nvium convert`",
         )
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if not isinstance(config, NviumConfig):
+    if config.model_type not in COMPONENTS:
         raise ConfigError(
             f"{folder} holds a {config.model_type!r} model without routers, not an N-vium",
             hint=f"convert it: `tenfold nvium convert {folder} OUT`, or load it with core:hf",
+        )
+    if config.model_type not in model_types:
+        raise ConfigError(
+            f"{folder} holds a {config.model_type!r} model; this component loads "
+            f"{' or '.join(repr(t) for t in model_types)}",
+            hint=f"load it with {COMPONENTS[config.model_type]}",
         )
     kind = getattr(torch, dtype) if dtype else None
     loaded: Any = AutoModelForCausalLM.from_pretrained(

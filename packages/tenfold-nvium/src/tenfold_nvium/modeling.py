@@ -87,9 +87,10 @@ class NviumOutput(ModelOutput):
 
 
 class NviumPreTrainedModel(PreTrainedModel):
-    """Initialisation and the switches transformers reads."""
+    """Initialisation, the switches transformers reads, and the pass through all layers."""
 
     config: NviumConfig
+    model: NviumBackbone
     config_class = NviumConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -113,6 +114,52 @@ class NviumPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+
+    def layer_states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> list[Tensor]:
+        """Residual streams `[B, T, H]`: entry 0 enters the first layer, entry i leaves layer i.
+        Arguments as in `forward`."""
+        hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        mask, positions = self._mask_and_positions(
+            hidden, attention_mask, position_ids, past_key_values
+        )
+        return [hidden, *self.model(hidden, positions, mask, past_key_values, **kwargs)]
+
+    def exit_states(self, input_ids: Tensor, **inputs: Any) -> list[Tensor]:
+        """Residual streams `x_k [B, T, H]` at the K exits; arguments as in `layer_states`."""
+        states = self.layer_states(input_ids, **inputs)
+        return [states[depth] for depth in self.config.depths]
+
+    def _mask_and_positions(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past: Cache | None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Attention mask in the implementation's form, and `[B or 1, T]` positions."""
+        length = hidden.shape[1]
+        seen = past.get_seq_length() if past is not None else 0
+        if attention_mask is not None and attention_mask.dim() == 4:
+            allowed = attention_mask
+            if allowed.dtype == torch.bool:
+                allowed = attention_mask_for(self.config, allowed, hidden.dtype)
+        else:
+            pattern = causal_pattern(attention_mask, length, seen + length)
+            pattern = pattern if pattern is None else pattern.to(hidden.device)
+            allowed = attention_mask_for(self.config, pattern, hidden.dtype)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = positions_from_mask(attention_mask)[:, -length:]
+        if position_ids is None:
+            position_ids = torch.arange(seen, seen + length, device=hidden.device)[None]
+        return allowed, position_ids
 
 
 class NviumForCausalLM(NviumPreTrainedModel, RoutedGenerationMixin):
@@ -279,52 +326,6 @@ class NviumForCausalLM(NviumPreTrainedModel, RoutedGenerationMixin):
                 heads = [F.linear(a, self.head_weight(k)) for k, a in enumerate(kept)]
                 output.exit_logits = torch.stack(heads, -2)
         return output if return_dict is not False else output.to_tuple()
-
-    def layer_states(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> list[Tensor]:
-        """Residual streams `[B, T, H]`: entry 0 enters the first layer, entry i leaves layer i.
-        Arguments as in `forward`."""
-        hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        mask, positions = self._mask_and_positions(
-            hidden, attention_mask, position_ids, past_key_values
-        )
-        return [hidden, *self.model(hidden, positions, mask, past_key_values, **kwargs)]
-
-    def exit_states(self, input_ids: Tensor, **inputs: Any) -> list[Tensor]:
-        """Residual streams `x_k [B, T, H]` at the K exits; arguments as in `layer_states`."""
-        states = self.layer_states(input_ids, **inputs)
-        return [states[depth] for depth in self.config.depths]
-
-    def _mask_and_positions(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past: Cache | None,
-    ) -> tuple[Tensor | None, Tensor]:
-        """Attention mask in the implementation's form, and `[B or 1, T]` positions."""
-        length = hidden.shape[1]
-        seen = past.get_seq_length() if past is not None else 0
-        if attention_mask is not None and attention_mask.dim() == 4:
-            allowed = attention_mask
-            if allowed.dtype == torch.bool:
-                allowed = attention_mask_for(self.config, allowed, hidden.dtype)
-        else:
-            pattern = causal_pattern(attention_mask, length, seen + length)
-            pattern = pattern if pattern is None else pattern.to(hidden.device)
-            allowed = attention_mask_for(self.config, pattern, hidden.dtype)
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = positions_from_mask(attention_mask)[:, -length:]
-        if position_ids is None:
-            position_ids = torch.arange(seen, seen + length, device=hidden.device)[None]
-        return allowed, position_ids
 
     def _add_losses(
         self,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tenfold import ComponentSpec, Param, PluginInfo, hookimpl
 
+from tenfold_nvium.baselines import components as baselines
+
 _EXTRAS = ("tenfold-nvium",)
 _HEAVY = ("torch", "transformers")
 _CAPABILITIES = (
@@ -143,6 +145,7 @@ def tenfold_models() -> list[ComponentSpec]:
             extras=_EXTRAS,
             tags=("language model", "baseline"),
         ),
+        *baselines.models(_LOADING, modules=_HEAVY, extras=_EXTRAS),
     ]
 
 
@@ -171,6 +174,9 @@ def tenfold_trainers() -> list[ComponentSpec]:
             data=data,
             modules=modules,
             extras=_EXTRAS,
+        ),
+        *baselines.trainers(
+            _DATASET, _SHAPE, _RUN, data=data, modules=modules, extras=_EXTRAS
         ),
     ]  # fmt: skip
 
