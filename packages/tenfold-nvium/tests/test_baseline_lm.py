@@ -14,9 +14,13 @@ from tenfold.lm.tokenizer import train_bpe
 from tenfold.records import GenerationConfig
 from tenfold.testing.context import FakeContext
 from tenfold_nvium import lm as nvium_lm
+from tenfold_nvium.baselines.calm import CalmDecoder
+from tenfold_nvium.baselines.layerskip import LayerSkipDecoder
 from tenfold_nvium.baselines.lm import CalmLM, LayerSkipLM, load_calm, load_layerskip
+from tenfold_nvium.baselines.loop import Decodes
 from tenfold_nvium.baselines.trainers import CalmPretrainer, LayerSkipPretrainer
 from tenfold_nvium.baselines.training import LayerSkipSchedule
+from tenfold_nvium.decode import PiggybackDecoder
 from tenfold_nvium.lm import NviumLM
 from tenfold_nvium.trainers import DensePretrainer, Pretrainer
 
@@ -235,7 +239,16 @@ def test_one_interface_for_all_methods(tokenizer):
     """`trace` answers alike for dense, N-vium, CALM and LayerSkip."""
     calm = random_lm(CalmLM, tiny_calm, tokenizer, threshold=0.3)
     skip = random_lm(LayerSkipLM, tiny_layerskip, tokenizer)
-    for model in (NviumLM(dense_of(calm.model), tokenizer), calm, skip):
+    dense = NviumLM(dense_of(calm.model), tokenizer)
+    decoders: list[Decodes] = [
+        PiggybackDecoder(dense.model),
+        CalmDecoder(calm.model),
+        LayerSkipDecoder(skip.model),
+    ]
+    for decoder in decoders:
+        done = decoder.generate([[1, 2], [3]], 5, seeds=[4, 5], eos_ids=[0], log_probs=True)
+        assert [len(row.log_probs) for row in done.rows] == [len(r.tokens) for r in done.rows]
+    for model in (dense, calm, skip):
         done = model.trace(model.encode(PROMPT), GenerationConfig(max_new_tokens=12))
         summary = done.trace.summary()
         assert summary["tokens"] == len(done.rows[0].tokens)

@@ -214,8 +214,8 @@ class _Text:
         scores = self._decoder.logits(self._run(1))
         self._trace.checks += 1
         self._trace.launches[1] += 1
-        kept, after, values, own = self._check(scores, drafted, drafts, read)
-        tokens = [*drafted.tolist()[:kept], after]
+        tokens, values, own = self._check(scores, drafted, drafts, read)
+        kept = len(tokens) - 1
         self._trace.drafted += count
         going = True
         for i, token in enumerate(tokens):
@@ -226,7 +226,7 @@ class _Text:
             if not going:
                 break
         self._cache.truncate([read + kept + 1])
-        return after, going
+        return tokens[-1], going
 
     def _draft(self, newest: int, count: int, read: int) -> tuple[Tensor, Tensor]:
         """Reads the newest token and `count` drafted ones through the first layers: drafted
@@ -255,9 +255,9 @@ class _Text:
 
     def _check(
         self, scores: Tensor, drafted: Tensor, drafts: Tensor, read: int
-    ) -> tuple[int, int, list[float], list[float | None]]:
-        """How many drafted tokens stand, the token after them, and log-probabilities of all
-        these tokens: warped, and the model's own if asked for. One wait for the device."""
+    ) -> tuple[list[int], list[float], list[float | None]]:
+        """The drafted tokens that stand and the one after them, and their log-probabilities:
+        warped, and the model's own if asked for. One wait for the device."""
         count = drafted.shape[0]
         target = self._decoder.warp.log_probs(scores)
         if self._greedy:
@@ -270,14 +270,14 @@ class _Text:
         else:
             kept = torch.zeros(0, dtype=torch.bool, device=self._device)
             after = inverse_draw(target, self._uniforms(-1, read, 1))
-        stands = kept_prefix(kept)
-        follows = after[stands]
-        tokens = torch.cat([drafted, drafted[:1] if count else after])
-        tokens = tokens.scatter(0, stands[None], follows[None])
-        values = target.gather(-1, tokens[:, None])[:, 0].double()
-        facts = torch.cat([torch.stack([stands, follows]).double(), values]).tolist()
+        stands = kept_prefix(kept)[None]
+        tokens = torch.cat([drafted, after[-1:]]).scatter(0, stands, after.gather(0, stands))
+        values = target.gather(-1, tokens[:, None])[:, 0]
+        facts = torch.cat([stands.double(), tokens.double(), values.double()]).tolist()
         own = own_log_probs(scores, tokens) if self._log_probs else [None] * (count + 1)
-        return int(facts[0]), int(facts[1]), facts[2:], own
+        written = int(facts[0]) + 1
+        ids = [int(number) for number in facts[1 : written + 1]]
+        return ids, facts[count + 2 :], own
 
     def _uniforms(self, which: int, read: int, count: int) -> Tensor:
         """Numbers of the positions `read .. read + count - 1`; -1 is the token uniform."""

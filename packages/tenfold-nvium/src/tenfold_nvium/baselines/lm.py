@@ -27,7 +27,7 @@ from tenfold_nvium.baselines.layerskip import (
     check_draft_length,
     drafting_depth,
 )
-from tenfold_nvium.baselines.loop import ExitDecoded
+from tenfold_nvium.baselines.loop import Decodes, ExitDecoded
 from tenfold_nvium.decode import DecodedRow
 from tenfold_nvium.lm import BackboneLM, load_network
 from tenfold_nvium.sampling import Warp
@@ -41,7 +41,7 @@ class ExitLM(BackboneLM):
 
     decode_rows = 1
 
-    def decoder(self, config: GenerationConfig) -> Any:
+    def decoder(self, config: GenerationConfig) -> Decodes:
         """The decoder that a generation configuration asks for."""
         raise NotImplementedError
 
@@ -70,7 +70,7 @@ class ExitLM(BackboneLM):
         return written
 
     def _decode(
-        self, decoder: Any, rows: Sequence[GenerationRow], config: GenerationConfig
+        self, decoder: Decodes, rows: Sequence[GenerationRow], config: GenerationConfig
     ) -> list[GeneratedRow]:
         stopper = RowStopper(rows, 0, self, self._eos_ids, config.stop)
         done = decoder.generate(

@@ -40,6 +40,7 @@ class Decodes(Protocol):
         seeds: Sequence[int] | None = None,
         eos_ids: Sequence[int] = (),
         stop: Stop | None = None,
+        log_probs: bool = False,
     ) -> Any:
         """A result with `rows` (of `DecodedRow`) and `trace` (a `DecodeTrace`)."""
         ...
