@@ -158,6 +158,17 @@ def test_a_tokenizer_without_its_class_gets_one(tmp_path):
     assert new.encode("def add(a):") == old.encode("def add(a):")
 
 
+def test_sampling_settings_beside_greedy_decoding_can_be_saved(tmp_path):
+    """Llama 2's own `generation_config.json`: temperature without `do_sample`."""
+    base_folder(tmp_path / "base")
+    path = tmp_path / "base" / "generation_config.json"
+    path.write_text(json.dumps({"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}))
+    convert_folder(tmp_path / "base", tmp_path / "out")
+    settings = load(str(tmp_path / "out")).model.generation_config
+    assert settings.eos_token_id == 2
+    assert not settings.do_sample
+
+
 # --- Vocabulary ---------------------------------------------------------------------------------
 
 RESAVE = """

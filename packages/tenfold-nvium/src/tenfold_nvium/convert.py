@@ -39,6 +39,9 @@ _NO_GRADIENT = -88.0
 """Below these log-odds a probability is no normal fp32 number."""
 
 NORM_STARTS = ("copy_final_norm", "ones")
+_SAMPLING_ONLY = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+)  # fmt: skip
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -102,7 +105,7 @@ def convert(
     config._attn_implementation = base.config._attn_implementation
     network = _with_weights_of(base, config, shared=folder is not None)
     _start_exits(network, odds, head_init, seed)
-    network.generation_config = copy.deepcopy(base.generation_config)
+    network.generation_config = _generation_settings(base)
     return network.eval()
 
 
@@ -270,6 +273,16 @@ def _with_weights_of(base: Any, config: NviumConfig, *, shared: bool) -> NviumFo
     for parameter in network.parameters():
         parameter.requires_grad_(True)
     return network
+
+
+def _generation_settings(base: Any) -> Any:
+    """The base's generation settings. Some old ones name sampling settings beside greedy
+    decoding; transformers ignores those and refuses to save them, so they are dropped."""
+    settings = copy.deepcopy(base.generation_config)
+    if settings is not None and not settings.do_sample:
+        for name in _SAMPLING_ONLY:
+            setattr(settings, name, None)
+    return settings
 
 
 @torch.no_grad()

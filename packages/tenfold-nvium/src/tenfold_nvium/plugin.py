@@ -80,11 +80,12 @@ _PENALTY = (
     ),
 )  # fmt: skip
 
+_TOKENIZER = Param(
+    "tokenizer", "path", None,
+    "folder of a tokenizer to use instead of learning one, such as a checkpoint",
+)  # fmt: skip
+
 _RUN = (
-    Param(
-        "tokenizer", "path", None,
-        "folder of a tokenizer to use instead of learning one, such as a checkpoint",
-    ),
     Param("bf16", "bool", None, "compute in bfloat16; default: where the hardware does"),
     Param(
         "gradient_accumulation", "int", 1, "parts that a process splits its rows into",
@@ -107,6 +108,60 @@ _RUN = (
 )  # fmt: skip
 
 _DATASET = Param("dataset", "component:dataset", help="texts to train on")
+
+_FINETUNING = (
+    Param("dataset", "component:dataset", help="texts, or prompts with reference answers"),
+    Param("checkpoint", "path", help="folder of an N-vium, or of a dense base to convert"),
+    Param("exits", "list[int]", None, "depths of a converted base's early exits", minimum=1),
+    Param("num_exits", "int", None, "number of its heads instead; default: 4", minimum=1),
+    Param(
+        "gate_init", "float", None,
+        "log-odds that routers start with; default: -4 for a base, an N-vium keeps its own",
+    ),
+    Param(
+        "train", "str", "exits",
+        "what learns: the exits over a frozen backbone, the routers alone, or all",
+        choices=("exits", "routers", "all"),
+    ),
+    Param(
+        "loss", "str", "full",
+        "mixture and compute penalty, the mixture alone, or the last head alone",
+        choices=("full", "mix_only", "final_only"),
+    ),
+    Param(
+        "head_loss", "float", None,
+        "weight of the early heads' cross-entropy; default: 1 for exits, else 0", minimum=0.0,
+    ),
+    Param("steps", "int", 300, "optimizer steps", minimum=1),
+    Param("batch_size", "int", 8, "rows per optimizer step, over all processes", minimum=1),
+    Param(
+        "context_length", "int", None, "tokens per row; default: the model's context, 512 at most",
+        minimum=2,
+    ),
+    Param(
+        "learning_rate", "float", None,
+        "peak learning rate; default: 1e-3, or 1e-5 when all learns", minimum=0.0,
+    ),
+    Param("warmup_ratio", "float", 0.05, "share of the steps that the rate rises over",
+          minimum=0.0, maximum=1.0),
+    Param("weight_decay", "float", 0.01, "decay of matrices", minimum=0.0),
+    Param(
+        "compute_penalty", "float", None,
+        "weight of the expected depth in the loss; default: the checkpoint's", minimum=0.0,
+    ),
+    Param(
+        "router_warmup_ratio", "float", 0.0, "share of the steps with the router warm-up term",
+        minimum=0.0, maximum=1.0,
+    ),
+    Param(
+        "controller", "path", None,
+        "baseline.json of a dense run: the penalty then follows the loss against it",
+    ),
+    Param(
+        "hold_base_loss", "bool", False,
+        "the penalty follows the last head's validation loss before training",
+    ),
+)  # fmt: skip
 
 
 @hookimpl
@@ -157,7 +212,7 @@ def tenfold_trainers() -> list[ComponentSpec]:
             "Train an N-vium from scratch on text",
             params=(
                 _DATASET, *_SHAPE, *_PENALTY,
-                Param("dense", "bool", False, "train the dense twin instead"), *_RUN,
+                Param("dense", "bool", False, "train the dense twin instead"), _TOKENIZER, *_RUN,
             ),
             data=data,
             modules=modules,
@@ -167,8 +222,17 @@ def tenfold_trainers() -> list[ComponentSpec]:
             "pretrain-dense",
             "tenfold_nvium.trainers:DensePretrainer",
             "Train the parameter-matched dense twin of an N-vium; writes baseline.json",
-            params=(_DATASET, *_SHAPE, *_RUN),
+            params=(_DATASET, *_SHAPE, _TOKENIZER, *_RUN),
             data=data,
+            modules=modules,
+            extras=_EXTRAS,
+        ),
+        ComponentSpec(
+            "finetune",
+            "tenfold_nvium.finetune:Finetuner",
+            "Continue an N-vium, or give a dense checkpoint exits and train them",
+            params=(*_FINETUNING, *_RUN),
+            data={"dataset": ("text", "prompt")},
             modules=modules,
             extras=_EXTRAS,
         ),
