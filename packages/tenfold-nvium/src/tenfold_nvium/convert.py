@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from tenfold.errors import ComponentError, ConfigError
+from tenfold.errors import ConfigError
 from tenfold.files import disk_full_is_an_error
 from tenfold.lm.quiet import quiet
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tenfold_nvium.backbone import RotaryTable, base_class
+from tenfold_nvium.checkpoints import read_config, read_tokenizer, read_weights
 from tenfold_nvium.configuration import NviumConfig
 from tenfold_nvium.exits import CONTINUE, EXIT, NviumExit
 from tenfold_nvium.modeling import NviumForCausalLM
@@ -100,7 +99,7 @@ def convert(
         check_base(base_config, where)
     exits = chosen_exits(base_config.num_hidden_layers, exit_layers, num_exits)
     config = nvium_config(base_config, exits, **method)
-    base = model_or_path if folder is None else _load(folder, dtype)
+    base = model_or_path if folder is None else read_weights(folder, dtype)
     _check_weights(base, where)
     config._attn_implementation = base.config._attn_implementation
     network = _with_weights_of(base, config, shared=folder is not None)
@@ -197,44 +196,9 @@ def base_config_of(folder: Path) -> Any:
     Raises:
         ConfigError: there is no checkpoint, or one that cannot be converted.
     """
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{folder} is no checkpoint: it has no config.json",
-            hint="give a folder as `save_pretrained` writes it",
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"cannot read {folder / 'config.json'}: {reason}") from error
+    config = read_config(folder)
     check_base(config, str(folder))
     return config
-
-
-def _load(folder: Path, dtype: str | torch.dtype | None) -> Any:
-    """The base model of a folder, evaluation mode.
-
-    Raises:
-        ConfigError: weights are missing.
-        ComponentError: transformers cannot load it.
-    """
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=kind or "auto", local_files_only=True, use_safetensors=True,
-                output_loading_info=True,
-            )  # fmt: skip
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ComponentError(f"cannot load the checkpoint {folder}: {reason}") from error
-    base, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise ConfigError(
-            f"{folder} lacks {len(missing)} of its model's weights, such as {missing[0]}; only a "
-            "complete causal language model can be converted"
-        )
-    return base.eval()
 
 
 def _check_weights(base: Any, where: str) -> None:
@@ -321,5 +285,4 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         for name in present:
             shutil.copyfile(source / name, target / name)
         return
-    tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    tokenizer.save_pretrained(target)
+    read_tokenizer(source).save_pretrained(target)

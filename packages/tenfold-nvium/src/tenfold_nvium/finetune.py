@@ -20,8 +20,8 @@ from tenfold.lm.plan import TrainingPlan
 from tenfold.lm.trainer import Collator, scored_tokens
 from tenfold.records import Checkpoint
 from tenfold.scale.process import local_device
-from transformers import AutoConfig, AutoTokenizer
 
+from tenfold_nvium.checkpoints import read_config, read_tokenizer
 from tenfold_nvium.configuration import NviumConfig
 from tenfold_nvium.controller import BaselineCurve
 from tenfold_nvium.convert import TRAINING_LOG_ODDS, convert, gates_are_closed, set_gates
@@ -166,12 +166,12 @@ class Finetuner:
     def _start(self, seed: int) -> tuple[NviumForCausalLM, Any]:
         """The network in fp32 and its tokenizer."""
         folder = Path(self.checkpoint).expanduser()
-        if not _is_nvium(folder):
+        if not isinstance(read_config(folder), NviumConfig):
             odds = TRAINING_LOG_ODDS if self.gate_init is None else self.gate_init
             network = convert(
                 folder, self.exits, self.num_exits, odds, seed=seed, dtype=torch.float32
             )
-            tokenizer = _tokenizer(folder)
+            tokenizer = read_tokenizer(folder)
         else:
             if self.exits is not None or self.num_exits is not None:
                 raise ConfigError(
@@ -263,26 +263,3 @@ def last_head_loss(network: NviumForCausalLM, rows: Any, device: str, plan: Trai
         scored = float(scored_tokens(batch))
         total, count = total + float(losses[-1]) * scored, count + scored
     return total / max(1.0, count)
-
-
-def _is_nvium(folder: Path) -> bool:
-    if not (folder / "config.json").is_file():
-        return False  # `convert` says what is wrong
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError):
-        return False
-    return isinstance(config, NviumConfig)
-
-
-def _tokenizer(folder: Path) -> Any:
-    """The tokenizer of a base checkpoint.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{folder} has no tokenizer that can be loaded: {reason}") from error

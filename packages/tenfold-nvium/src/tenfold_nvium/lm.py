@@ -19,8 +19,8 @@ from tenfold.lm.model import CausalLM
 from tenfold.lm.sampling import GeneratedRow, GenerationRow, RowStopper
 from tenfold.records import GenerationConfig
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tenfold_nvium.checkpoints import read_config, read_tokenizer, read_weights
 from tenfold_nvium.configuration import NviumConfig
 from tenfold_nvium.decode import Decoded, DecodedRow, PiggybackDecoder
 from tenfold_nvium.mixture import exit_log_probs, mixture_log_prob
@@ -253,26 +253,13 @@ def load_network(checkpoint: str, dtype: str | None = None) -> tuple[NviumForCau
         ConfigError: no such folder, a model of another type, or weights that do not fit.
     """
     folder = Path(checkpoint).expanduser()
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{folder} is no checkpoint: it has no config.json",
-            hint="train one with `nvium:pretrain`, or convert a base with `tenfold nvium convert`",
-        )
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = read_config(
+        folder, "train one with `nvium:pretrain`, or convert a base with `tenfold nvium convert`"
+    )
     if not isinstance(config, NviumConfig):
         raise ConfigError(
             f"{folder} holds a {config.model_type!r} model without routers, not an N-vium",
             hint=f"convert it: `tenfold nvium convert {folder} OUT`, or load it with core:hf",
         )
-    kind = getattr(torch, dtype) if dtype else None
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=kind, local_files_only=True, output_loading_info=True
-    )
-    network, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise ConfigError(
-            f"{folder} lacks {len(missing)} weights of its own configuration, such as "
-            f"{missing[0]}; the checkpoint is incomplete"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return network.eval(), tokenizer, folder
+    network: Any = read_weights(folder, dtype)
+    return network, read_tokenizer(folder), folder

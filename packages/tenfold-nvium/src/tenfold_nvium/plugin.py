@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tenfold import ComponentSpec, Param, PluginInfo, hookimpl
+from tenfold import CommandSpec, ComponentSpec, Param, PluginInfo, hookimpl
 
 _EXTRAS = ("tenfold-nvium",)
 _HEAVY = ("torch", "transformers")
@@ -281,3 +281,94 @@ def tenfold_evaluators() -> list[ComponentSpec]:
             extras=_EXTRAS,
         ),
     ]
+
+
+_POLICY = "auto, sample, sample:<temperature>, certified, full, greedy-router, fixed:<exit>"
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_CHECKPOINT = Param("checkpoint", "path", positional=True, help="folder of an N-vium")
+_DTYPE = Param("dtype", "str", None, "number type; default: the checkpoint's", choices=_DTYPES)
+_MAX_DEFERRED = Param("max_deferred", "int", None, "most positions to defer", minimum=1)
+
+
+@hookimpl
+def tenfold_commands() -> list[CommandSpec]:
+    return [
+        CommandSpec(
+            "convert",
+            "tenfold_nvium.commands:convert",
+            "give a dense Llama, Mistral, Qwen2 or Qwen3 checkpoint exits",
+            (
+                Param("base", "path", positional=True, help="folder of the dense checkpoint"),
+                Param("out", "path", positional=True, help="new folder; nothing is overwritten"),
+                Param("exits", "list[int]", None, "depths of the early exits, in layers"),
+                Param("num_exits", "int", None, "number of heads instead; default: 4", minimum=1),
+                Param(
+                    "gate_init", "str", "closed",
+                    "closed (the base exactly, for use), or log-odds such as -4 (for training)",
+                ),
+                Param(
+                    "head_init", "str", "copy_final_norm", "how the exits' norms start",
+                    choices=("copy_final_norm", "ones"),
+                ),
+                Param(
+                    "tying", "str", "lm_head", "what the early heads share",
+                    choices=("lm_head", "embeddings", "none"),
+                ),
+                Param("adapter_size", "int", None, "inner width of adapters, 0 for none; "
+                      "default: the hidden size", minimum=0),
+                Param("final_adapter", "bool", False, "an adapter at the last exit, too"),
+                Param("compute_penalty", "float", 0.15, "penalty of later training", minimum=0.0),
+                Param("seed", "int", 0, "seed of routers and adapters"),
+                _DTYPE,
+            ),
+        ),
+        CommandSpec(
+            "info",
+            "tenfold_nvium.commands:info",
+            "count parameters, work and the speed bound of a checkpoint or preset",
+            (
+                Param("checkpoint", "path", None, positional=True, help="folder of an N-vium"),
+                Param("preset", "str", None, "named shape instead, such as h768-l24"),
+            ),
+        ),
+        CommandSpec(
+            "generate",
+            "tenfold_nvium.commands:generate",
+            "write a text, coloured by the exit of each token",
+            (
+                _CHECKPOINT,
+                Param("prompt", "str", help="text to continue; - reads it from stdin"),
+                Param("policy", "str", "auto", f"where tokens leave: {_POLICY}"),
+                Param("temperature", "float", 1.0, "0 decodes greedily", minimum=0.0),
+                Param("top_k", "int", None, "keep so many tokens", minimum=1),
+                Param("top_p", "float", 1.0, "keep this much probability", minimum=0.0,
+                      maximum=1.0),
+                Param("seed", "int", 0, "the same seed gives the same text"),
+                Param("max_new_tokens", "int", 64, "longest text", minimum=1),
+                _MAX_DEFERRED,
+                Param("trace", "path", None, "JSON file for the decode trace"),
+                Param("device", "str", "cpu", "torch device"),
+                _DTYPE,
+            ),
+        ),
+        CommandSpec(
+            "verify",
+            "tenfold_nvium.commands:verify",
+            "check that decoding is exact on a checkpoint; exit code 1 where it differs",
+            (
+                _CHECKPOINT,
+                Param("prompt", "str", None, "a prompt to check besides random ones"),
+                Param("num_prompts", "int", 4, "random prompts", minimum=0),
+                Param("max_new_tokens", "int", 32, "tokens per prompt", minimum=1),
+                Param("policy", "str", "sample", f"exit policy to check: {_POLICY[6:]}"),
+                _MAX_DEFERRED,
+                Param("float64", "bool", True, "check a copy in fp64, the rigorous way"),
+                Param("tolerance", "float", None, "largest difference; default: 1e-8 in fp64, "
+                      "else 1e-3", minimum=0.0),
+                Param("draws", "int", 4000, "sampled texts for the chi-square test of small "
+                      "vocabularies, 0 for none", minimum=0),
+                Param("seed", "int", 0, "seed of prompts and texts"),
+                _DTYPE,
+            ),
+        ),
+    ]  # fmt: skip
