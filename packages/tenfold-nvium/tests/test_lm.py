@@ -48,6 +48,7 @@ def test_the_plugin_conforms(checkpoint):
         "nvium",
         params={
             "nvium:causal-lm": {"checkpoint": str(checkpoint)},
+            "nvium:finetune": {"checkpoint": str(checkpoint), "steps": 2, "context_length": 32},
             "nvium:pretrain": {"preset": "tiny", "steps": 2},
             "nvium:pretrain-dense": {"preset": "tiny", "steps": 2},
         },

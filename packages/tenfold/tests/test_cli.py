@@ -39,6 +39,7 @@ def tenfold_commands():
         CommandSpec("leave", "{module}:leave", "returns 7", ()),
         CommandSpec("fail", "{module}:fail", "fails", (Param("message", "str"),)),
         CommandSpec("nowhere", "{module}:nowhere", "has no target", ()),
+        CommandSpec("told", "{module}:told", "prints by itself", (Param("code", "int", 0),)),
     ]
 
 def add(numbers, scale, tags, round, mode):
@@ -47,6 +48,10 @@ def add(numbers, scale, tags, round, mode):
 
 def leave():
     return 7
+
+def told(code, as_json=False):
+    print("json" if as_json else "plain")
+    return code
 
 def fail(message):
     from tenfold.errors import RunFailed
@@ -251,6 +256,13 @@ def test_a_verb_decides_its_exit_code(call, site):
     code, _, err = call("verbs", "fail", "--message", "no luck")
     assert (code, err) == (1, "error: no luck\n  hint: try again\n")
     assert call("verbs", "nowhere")[0] == 3
+
+
+def test_a_verb_that_wants_to_know_is_told_about_json(call, site):
+    site.add("verbs", VERBS)
+    assert call("verbs", "told", "--code", "1") == (1, "plain\n", "")
+    assert call("verbs", "told", "--json") == (0, "json\n", "")
+    assert call("--json", "verbs", "told") == (0, "json\n", "")
 
 
 def test_verbs_are_in_the_help_once_indexed(site):

@@ -19,8 +19,8 @@ from tenfold.lm.model import CausalLM
 from tenfold.lm.sampling import GeneratedRow, GenerationRow, RowStopper
 from tenfold.records import GenerationConfig
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tenfold_nvium.checkpoints import read_config, read_tokenizer, read_weights
 from tenfold_nvium.decode import Decoded, DecodedRow, PiggybackDecoder
 from tenfold_nvium.mixture import exit_log_probs, mixture_log_prob
 from tenfold_nvium.modeling import NviumForCausalLM
@@ -271,12 +271,9 @@ def load_network(
     import tenfold_nvium.baselines.modeling  # noqa: F401  (registers the baselines)
 
     folder = Path(checkpoint).expanduser()
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{folder} is no checkpoint: it has no config.json",
-            hint="train one with `nvium:pretrain`, or convert a base with `tenfold nvium convert`",
-        )
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = read_config(
+        folder, "train one with `nvium:pretrain`, or convert a base with `tenfold nvium convert`"
+    )
     if config.model_type not in COMPONENTS:
         raise ConfigError(
             f"{folder} holds a {config.model_type!r} model without routers, not an N-vium",
@@ -288,15 +285,5 @@ def load_network(
             f"{' or '.join(repr(t) for t in model_types)}",
             hint=f"load it with {COMPONENTS[config.model_type]}",
         )
-    kind = getattr(torch, dtype) if dtype else None
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=kind, local_files_only=True, output_loading_info=True
-    )
-    network, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise ConfigError(
-            f"{folder} lacks {len(missing)} weights of its own configuration, such as "
-            f"{missing[0]}; the checkpoint is incomplete"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return network.eval(), tokenizer, folder
+    network: Any = read_weights(folder, dtype)
+    return network, read_tokenizer(folder), folder

@@ -192,6 +192,30 @@ class NviumForCausalLM(NviumPreTrainedModel, RoutedGenerationMixin):
         """Number of heads K."""
         return len(self.exits) + 1
 
+    def _resize_token_embeddings(
+        self,
+        new_num_tokens: int | None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """Resizes untied early heads along with embeddings and last head; tied heads have no
+        weight of their own, so they follow by themselves."""
+        parent: Any = super()
+        embeddings = parent._resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return embeddings
+        for k in range(len(self.exits)):
+            old = self._exit(k).head
+            if old is None:
+                continue
+            new = self._get_resized_lm_head(
+                old, embeddings.weight.shape[0], mean_resizing=mean_resizing
+            )
+            self._exit(k).head = new.requires_grad_(old.weight.requires_grad)
+        return embeddings
+
     def _exit(self, k: int) -> NviumExit:
         return cast(NviumExit, self.exits[k])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tenfold import ComponentSpec, Param, PluginInfo, hookimpl
+from tenfold import CommandSpec, ComponentSpec, Param, PluginInfo, hookimpl
 
 from tenfold_nvium.baselines import components as baselines
 
@@ -82,11 +82,12 @@ _PENALTY = (
     ),
 )  # fmt: skip
 
+_TOKENIZER = Param(
+    "tokenizer", "path", None,
+    "folder of a tokenizer to use instead of learning one, such as a checkpoint",
+)  # fmt: skip
+
 _RUN = (
-    Param(
-        "tokenizer", "path", None,
-        "folder of a tokenizer to use instead of learning one, such as a checkpoint",
-    ),
     Param("bf16", "bool", None, "compute in bfloat16; default: where the hardware does"),
     Param(
         "gradient_accumulation", "int", 1, "parts that a process splits its rows into",
@@ -109,6 +110,60 @@ _RUN = (
 )  # fmt: skip
 
 _DATASET = Param("dataset", "component:dataset", help="texts to train on")
+
+_FINETUNING = (
+    Param("dataset", "component:dataset", help="texts, or prompts with reference answers"),
+    Param("checkpoint", "path", help="folder of an N-vium, or of a dense base to convert"),
+    Param("exits", "list[int]", None, "depths of a converted base's early exits", minimum=1),
+    Param("num_exits", "int", None, "number of its heads instead; default: 4", minimum=1),
+    Param(
+        "gate_init", "float", None,
+        "log-odds that routers start with; default: -4 for a base, an N-vium keeps its own",
+    ),
+    Param(
+        "train", "str", "exits",
+        "what learns: the exits over a frozen backbone, the routers alone, or all",
+        choices=("exits", "routers", "all"),
+    ),
+    Param(
+        "loss", "str", "full",
+        "mixture and compute penalty, the mixture alone, or the last head alone",
+        choices=("full", "mix_only", "final_only"),
+    ),
+    Param(
+        "head_loss", "float", None,
+        "weight of the early heads' cross-entropy; default: 1 for exits, else 0", minimum=0.0,
+    ),
+    Param("steps", "int", 300, "optimizer steps", minimum=1),
+    Param("batch_size", "int", 8, "rows per optimizer step, over all processes", minimum=1),
+    Param(
+        "context_length", "int", None, "tokens per row; default: the model's context, 512 at most",
+        minimum=2,
+    ),
+    Param(
+        "learning_rate", "float", None,
+        "peak learning rate; default: 1e-3, or 1e-5 when all learns", minimum=0.0,
+    ),
+    Param("warmup_ratio", "float", 0.05, "share of the steps that the rate rises over",
+          minimum=0.0, maximum=1.0),
+    Param("weight_decay", "float", 0.01, "decay of matrices", minimum=0.0),
+    Param(
+        "compute_penalty", "float", None,
+        "weight of the expected depth in the loss; default: the checkpoint's", minimum=0.0,
+    ),
+    Param(
+        "router_warmup_ratio", "float", 0.0, "share of the steps with the router warm-up term",
+        minimum=0.0, maximum=1.0,
+    ),
+    Param(
+        "controller", "path", None,
+        "baseline.json of a dense run: the penalty then follows the loss against it",
+    ),
+    Param(
+        "hold_base_loss", "bool", False,
+        "the penalty follows the last head's validation loss before training",
+    ),
+)  # fmt: skip
 
 
 @hookimpl
@@ -160,7 +215,7 @@ def tenfold_trainers() -> list[ComponentSpec]:
             "Train an N-vium from scratch on text",
             params=(
                 _DATASET, *_SHAPE, *_PENALTY,
-                Param("dense", "bool", False, "train the dense twin instead"), *_RUN,
+                Param("dense", "bool", False, "train the dense twin instead"), _TOKENIZER, *_RUN,
             ),
             data=data,
             modules=modules,
@@ -170,8 +225,17 @@ def tenfold_trainers() -> list[ComponentSpec]:
             "pretrain-dense",
             "tenfold_nvium.trainers:DensePretrainer",
             "Train the parameter-matched dense twin of an N-vium; writes baseline.json",
-            params=(_DATASET, *_SHAPE, *_RUN),
+            params=(_DATASET, *_SHAPE, _TOKENIZER, *_RUN),
             data=data,
+            modules=modules,
+            extras=_EXTRAS,
+        ),
+        ComponentSpec(
+            "finetune",
+            "tenfold_nvium.finetune:Finetuner",
+            "Continue an N-vium, or give a dense checkpoint exits and train them",
+            params=(*_FINETUNING, *_RUN),
+            data={"dataset": ("text", "prompt")},
             modules=modules,
             extras=_EXTRAS,
         ),
@@ -240,3 +304,94 @@ def tenfold_evaluators() -> list[ComponentSpec]:
             extras=_EXTRAS,
         ),
     ]
+
+
+_POLICY = "auto, sample, sample:<temperature>, certified, full, greedy-router, fixed:<exit>"
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_CHECKPOINT = Param("checkpoint", "path", positional=True, help="folder of an N-vium")
+_DTYPE = Param("dtype", "str", None, "number type; default: the checkpoint's", choices=_DTYPES)
+_MAX_DEFERRED = Param("max_deferred", "int", None, "most positions to defer", minimum=1)
+
+
+@hookimpl
+def tenfold_commands() -> list[CommandSpec]:
+    return [
+        CommandSpec(
+            "convert",
+            "tenfold_nvium.commands:convert",
+            "give a dense Llama, Mistral, Qwen2 or Qwen3 checkpoint exits",
+            (
+                Param("base", "path", positional=True, help="folder of the dense checkpoint"),
+                Param("out", "path", positional=True, help="new folder; nothing is overwritten"),
+                Param("exits", "list[int]", None, "depths of the early exits, in layers"),
+                Param("num_exits", "int", None, "number of heads instead; default: 4", minimum=1),
+                Param(
+                    "gate_init", "str", "closed",
+                    "closed (the base exactly, for use), or log-odds such as -4 (for training)",
+                ),
+                Param(
+                    "head_init", "str", "copy_final_norm", "how the exits' norms start",
+                    choices=("copy_final_norm", "ones"),
+                ),
+                Param(
+                    "tying", "str", "lm_head", "what the early heads share",
+                    choices=("lm_head", "embeddings", "none"),
+                ),
+                Param("adapter_size", "int", None, "inner width of adapters, 0 for none; "
+                      "default: the hidden size", minimum=0),
+                Param("final_adapter", "bool", False, "an adapter at the last exit, too"),
+                Param("compute_penalty", "float", 0.15, "penalty of later training", minimum=0.0),
+                Param("seed", "int", 0, "seed of routers and adapters"),
+                _DTYPE,
+            ),
+        ),
+        CommandSpec(
+            "info",
+            "tenfold_nvium.commands:info",
+            "count parameters, work and the speed bound of a checkpoint or preset",
+            (
+                Param("checkpoint", "path", None, positional=True, help="folder of an N-vium"),
+                Param("preset", "str", None, "named shape instead, such as h768-l24"),
+            ),
+        ),
+        CommandSpec(
+            "generate",
+            "tenfold_nvium.commands:generate",
+            "write a text, coloured by the exit of each token",
+            (
+                _CHECKPOINT,
+                Param("prompt", "str", help="text to continue; - reads it from stdin"),
+                Param("policy", "str", "auto", f"where tokens leave: {_POLICY}"),
+                Param("temperature", "float", 1.0, "0 decodes greedily", minimum=0.0),
+                Param("top_k", "int", None, "keep so many tokens", minimum=1),
+                Param("top_p", "float", 1.0, "keep this much probability", minimum=0.0,
+                      maximum=1.0),
+                Param("seed", "int", 0, "the same seed gives the same text"),
+                Param("max_new_tokens", "int", 64, "longest text", minimum=1),
+                _MAX_DEFERRED,
+                Param("trace", "path", None, "JSON file for the decode trace"),
+                Param("device", "str", "cpu", "torch device"),
+                _DTYPE,
+            ),
+        ),
+        CommandSpec(
+            "verify",
+            "tenfold_nvium.commands:verify",
+            "check that decoding is exact on a checkpoint; exit code 1 where it differs",
+            (
+                _CHECKPOINT,
+                Param("prompt", "str", None, "a prompt to check besides random ones"),
+                Param("num_prompts", "int", 4, "random prompts", minimum=0),
+                Param("max_new_tokens", "int", 32, "tokens per prompt", minimum=1),
+                Param("policy", "str", "sample", f"exit policy to check: {_POLICY[6:]}"),
+                _MAX_DEFERRED,
+                Param("float64", "bool", True, "check a copy in fp64, the rigorous way"),
+                Param("tolerance", "float", None, "largest difference; default: 1e-8 in fp64, "
+                      "else 1e-3", minimum=0.0),
+                Param("draws", "int", 4000, "sampled texts for the chi-square test of small "
+                      "vocabularies, 0 for none", minimum=0),
+                Param("seed", "int", 0, "seed of prompts and texts"),
+                _DTYPE,
+            ),
+        ),
+    ]  # fmt: skip

@@ -6,13 +6,23 @@ flush followed, start and end time. Exits are 1-based here, as in reports.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tenfold.files import write_json
+
+FORMAT = "nvium-trace/1"
+
+
+def _sigmoid(log_odds: float) -> float:
+    """Probability of log-odds, without overflow."""
+    if log_odds >= 0:
+        return 1 / (1 + math.exp(-log_odds))
+    return math.exp(log_odds) / (1 + math.exp(log_odds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +107,54 @@ class DecodeTrace:
             "prefill_s": self.prefill_s,
             "decode_s": self.decode_s,
         }
+
+    @property
+    def exit_shares(self) -> list[float]:
+        """Share of the tokens that left at each exit, in order."""
+        counts = list(self.exit_histogram.values())
+        return [count / max(1, len(self.tokens)) for count in counts]
+
+    def append(self, later: DecodeTrace) -> None:
+        """Adds the trace of a call that continued this one; its clock goes on from here."""
+        offset = self.prefill_s + self.decode_s
+        self.tokens += [
+            replace(t, start=t.start + offset, end=t.end + offset) for t in later.tokens
+        ]
+        self.launches = [a + b for a, b in zip(self.launches, later.launches, strict=True)]
+        self.flushes += later.flushes
+        if self.tokens and offset:
+            self.decode_s += later.prefill_s + later.decode_s
+        else:
+            self.prefill_s, self.decode_s = later.prefill_s, later.decode_s
+
+    def document(self, **facts: Any) -> dict[str, Any]:
+        """The trace as a JSON document, `nvium-trace/1`.
+
+        `facts` describe the run (policy, model, dtype, device, seed). Gates are the exit
+        probabilities of the visited routers; `syncs` counts what was read back from the device,
+        each visited router's answer and each token.
+        """
+        rows = [
+            {
+                "row": t.row, "position": t.position, "token": t.token, "exit": t.exit,
+                "gates": [_sigmoid(s) for s in t.log_odds], "segment_widths": list(t.widths),
+                "flushed": t.flushed, "t_start": t.start, "t_end": t.end,
+            }
+            for t in self.tokens
+        ]  # fmt: skip
+        totals = {
+            "tokens": len(rows),
+            "launches": list(self.launches),
+            "mean_width": self.mean_width,
+            "exit_shares": self.exit_shares,
+            "mean_depth": self.mean_depth,
+            "flushes": self.flushes,
+            "syncs": sum(len(t.log_odds) + 1 for t in self.tokens),
+            "prefill_s": self.prefill_s,
+            "decode_s": self.decode_s,
+        }
+        return {"format": FORMAT, **facts, "depths": list(self.depths), "totals": totals,
+                "tokens": rows}  # fmt: skip
 
     def save(self, path: Path, **facts: Any) -> None:
         """Writes facts, totals and tokens as JSON, atomically."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tenfold.capabilities import Context, Dataset
 from tenfold.errors import ConfigError
-from tenfold.lm.packing import PackedRows, pack_tokens
+from tenfold.lm.packing import PackedRows
 from tenfold.lm.plan import TrainingPlan
-from tenfold.lm.tokenizer import TokenizerMixin, train_bpe
+from tenfold.lm.tokenizer import train_bpe
 from tenfold.lm.training import fit_causal_lm
 from tenfold.records import Checkpoint, Metric
 from transformers import AutoTokenizer, TrainerCallback
@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from tenfold_nvium.controller import BaselineCurve, ComputePenaltyController
 from tenfold_nvium.modeling import NviumForCausalLM
 from tenfold_nvium.presets import Preset, dense_twin, preset
+from tenfold_nvium.rows import Vocabulary, rows_of, texts_of, train_and_held_out
 from tenfold_nvium.training import (
     BASELINE_FILE,
     CollapseCallback,
@@ -121,45 +122,21 @@ class Pretrainer:
             bar.advance(len(rows))
         network = self._model(len(tokenizer), tokenizer, seed)
         plan = self._plan(ctx, seed, held_out is not None)
-        facts = {"data": rows.fingerprint(), "vocabulary": _Vocabulary(tokenizer).vocabulary_hash}
         warmup = 0 if self.dense else max(1, int(plan.steps * self.router_warmup_ratio))
-        phase = PhaseCallback(network, warmup, plan.log_steps)
-        curve = CurveCallback()
-        callbacks: list[TrainerCallback] = [phase, curve]
-        callbacks += self._penalty(network, facts)
-        if network.num_exits > 1:
-            callbacks.append(CollapseCallback(network.num_exits, warmup))
-        checkpoint = fit_causal_lm(
-            ctx, network, tokenizer, rows, plan, compute_loss=NviumLoss(phase),
-            callbacks=callbacks, eval_dataset=held_out,
+        return fit_mixture(
+            ctx, network, tokenizer, rows, held_out, plan, warmup_steps=warmup,
+            baseline=BaselineCurve.load(self.controller) if self.controller else None,
         )  # fmt: skip
-        baseline = curve.curve(**facts)
-        if baseline is not None and ctx.rank == 0:
-            baseline.save(checkpoint.path / BASELINE_FILE)
-        size = sum(p.numel() for p in network.parameters())
-        metrics = [*checkpoint.metrics, Metric("parameters", float(size), 1)]
-        return Checkpoint(checkpoint.path, metrics)
 
     def _rows(self, seed: int) -> tuple[Any, PackedRows, PackedRows | None]:
         """Tokenizer, training rows, held-out rows."""
-        texts = _texts(self.dataset.load())
         tokenizer = (
             AutoTokenizer.from_pretrained(self.tokenizer, local_files_only=True)
             if self.tokenizer
-            else train_bpe(texts, self.shape.vocab_size)
+            else train_bpe(texts_of(self.dataset.load()), self.shape.vocab_size)
         )
-        rows = pack_tokens(texts, tokenizer, self.shape.context_length)
-        if self.eval_rows <= 0:
-            return tokenizer, rows, None
-        if "validation" in self.dataset.splits():
-            other = _texts(self.dataset.load("validation"))
-            held = pack_tokens(other, tokenizer, self.shape.context_length)
-            return tokenizer, rows, PackedRows(_spread(held.tokens, self.eval_rows))
-        count = min(self.eval_rows, len(rows) // 10)
-        if count == 0:
-            return tokenizer, rows, None
-        rows, held = rows.split(count, seed)
-        return tokenizer, rows, held
+        make_rows = rows_of("text", tokenizer, self.shape.context_length)
+        return tokenizer, *train_and_held_out(self.dataset, make_rows, self.eval_rows, seed)
 
     def _model(self, vocabulary: int, tokenizer: Any, seed: int) -> NviumForCausalLM:
         ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -193,17 +170,6 @@ class Pretrainer:
             seed=seed,
         )
 
-    def _penalty(
-        self, network: NviumForCausalLM, facts: Mapping[str, Any]
-    ) -> list[TrainerCallback]:
-        """The controller's callback, when one was asked for."""
-        if not self.controller:
-            return []
-        baseline = BaselineCurve.load(self.controller)
-        baseline.check(facts)
-        penalty = ComputePenaltyController(baseline, beta=self.shape.compute_penalty)
-        return [PenaltyCallback(network, penalty)]
-
 
 class DensePretrainer(Pretrainer):
     """`Pretrainer` with `dense = True`: the parameter-matched baseline of a preset."""
@@ -212,11 +178,50 @@ class DensePretrainer(Pretrainer):
         super().__init__(dataset, dense=True, **settings)
 
 
-class _Vocabulary(TokenizerMixin):
-    """Content hash of a tokenizer."""
+def fit_mixture(
+    ctx: Context,
+    network: NviumForCausalLM,
+    tokenizer: Any,
+    rows: Any,
+    held_out: Any,
+    plan: TrainingPlan,
+    *,
+    warmup_steps: int,
+    baseline: BaselineCurve | None = None,
+    loss: str = "full",
+    head_loss: float = 0.0,
+) -> Checkpoint:
+    """Trains whatever of `network` has gradients and saves it, with its validation losses as
+    `baseline.json`; resumes an interrupted call.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    Args:
+        rows, held_out: rows for training and evaluation, see `tenfold_nvium.rows`.
+        warmup_steps: optimiser steps with the router warm-up term.
+        baseline: the curve that beta follows; None keeps `network.compute_penalty`.
+        loss, head_loss: see `NviumLoss`.
+
+    Raises:
+        ConfigError: a baseline of other data.
+    """
+    facts = {"data": rows.fingerprint(), "vocabulary": Vocabulary(tokenizer).vocabulary_hash}
+    phase = PhaseCallback(network, warmup_steps, plan.log_steps)
+    curve = CurveCallback()
+    callbacks: list[TrainerCallback] = [phase, curve]
+    if baseline is not None:
+        baseline.check(facts)
+        penalty = ComputePenaltyController(baseline, beta=network.compute_penalty)
+        callbacks.append(PenaltyCallback(network, penalty))
+    if network.num_exits > 1:
+        callbacks.append(CollapseCallback(network.num_exits, warmup_steps))
+    checkpoint = fit_causal_lm(
+        ctx, network, tokenizer, rows, plan, compute_loss=NviumLoss(phase, loss, head_loss),
+        callbacks=callbacks, eval_dataset=held_out,
+    )  # fmt: skip
+    measured = curve.curve(**facts)
+    if measured is not None and ctx.rank == 0:
+        measured.save(checkpoint.path / BASELINE_FILE)
+    size = sum(p.numel() for p in network.parameters())
+    return Checkpoint(checkpoint.path, [*checkpoint.metrics, Metric("parameters", float(size), 1)])
 
 
 def _shaped(name: str, given: Mapping[str, Any], exits: Sequence[int] | None) -> Preset:
@@ -237,17 +242,6 @@ def _shaped(name: str, given: Mapping[str, Any], exits: Sequence[int] | None) ->
         changes.setdefault("adapter_size", None)
         changes.setdefault("router_intermediate_size", None)
     return replace(chosen, **changes)
-
-
-def _texts(records: Iterable[Any]) -> list[str]:
-    return [record.text for record in records]
-
-
-def _spread(tokens: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` rows at equal distances, or all of them."""
-    if tokens.shape[0] <= count:
-        return tokens
-    return tokens[torch.linspace(0, tokens.shape[0] - 1, count).long()]
 
 
 def native_bf16(device: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from tenfold.files import write_json
+from tenfold.lm.trainer import scored_tokens
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -24,6 +25,7 @@ from tenfold_nvium.modeling import NviumForCausalLM
 
 CONTROLLER_FILE = "nvium-controller.json"
 BASELINE_FILE = "baseline.json"
+LOSSES = ("full", "mix_only", "final_only")
 COLLAPSE_SHARE = 0.01
 COLLAPSE_STEPS = 500
 
@@ -145,21 +147,38 @@ class CollapseCallback(TrainerCallback):
 class NviumLoss:
     """`(model, batch) -> loss, values` for `fit_causal_lm`.
 
-    In training the phase's loss; in evaluation the plain mixture negative log-likelihood, which
-    is what baselines are compared by.
+    In evaluation it is the plain mixture negative log-likelihood, which is what baselines are
+    compared by (`final_only`: the last head's). In training:
+
+    - `full`: the phase's loss, mixture and compute penalty (or router warm-up);
+    - `mix_only`: the mixture's negative log-likelihood alone;
+    - `final_only`: the last head's cross-entropy alone.
+
+    Args:
+        phase: tells which steps are reported.
+        loss: one of `LOSSES`.
+        head_loss: weight of the early heads' mean cross-entropy, added to the first two. An
+            exit that is hardly used learns from it; the mixture alone would teach it in
+            proportion to its use.
     """
 
-    def __init__(self, phase: PhaseCallback) -> None:
-        self._phase = phase
+    def __init__(self, phase: PhaseCallback, loss: str = "full", head_loss: float = 0.0) -> None:
+        self._phase, self._loss, self._head_loss = phase, loss, head_loss
 
     def __call__(
         self, model: Any, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]] | Tensor:
         """The batch's mean loss over scored tokens; values to log every few steps."""
-        output = model(**batch)
+        chosen = {} if self._loss == "full" else {"loss_phase": "main", "compute_penalty": 0.0}
+        output = model(**batch, **chosen)
+        last_only = self._loss == "final_only"
         if not model.training:
-            return output.mixture_loss
-        return output.loss, self._values(output) if self._phase.reports else {}
+            return output.exit_losses[-1] if last_only else output.mixture_loss
+        heads = -output.target_log_probs.sum((0, 1)) / scored_tokens(batch).clamp(min=1)
+        total = heads[-1] if last_only else output.loss
+        if self._head_loss and not last_only and len(heads) > 1:
+            total = total + self._head_loss * heads[:-1].mean()
+        return total, self._values(output) if self._phase.reports else {}
 
     def _values(self, output: Any) -> dict[str, float]:
         """One transfer from the device for all numbers."""

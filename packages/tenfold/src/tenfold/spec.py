@@ -151,7 +151,9 @@ class PluginInfo:
 @dataclass(frozen=True, slots=True)
 class CommandSpec:
     """A sub-command `tenfold <plugin> <name>`; `target` is imported when it is invoked and
-    called with the parameters as keywords. It returns None or an exit code."""
+    called with the parameters as keywords. It returns None, an exit code, or a result to print
+    (text as it is, anything else as JSON). A keyword `as_json` that it takes besides says
+    whether `--json` was given; such a target prints its results itself."""
 
     name: str
     target: str

@@ -6,6 +6,7 @@ The verb's target is imported only when it is invoked.
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,10 +93,16 @@ def _value(param: Param, given: Any) -> Any:
 
 
 def _invoke(plugin: str, spec: CommandSpec, values: dict[str, Any], *, as_json: bool) -> int:
-    """Calls the target. An integer it returns is the exit code; anything else is a result."""
+    """Calls the target. An integer it returns is the exit code; anything else is a result.
+
+    A target that takes `as_json` is told whether `--json` was given, and prints by itself: a
+    text while it is being written, or a result together with an exit code.
+    """
     from tenfold.build import load_target
 
     target = load_target(spec.target, f"command {plugin} {spec.name}")
+    if "as_json" in inspect.signature(target).parameters:
+        values = {**values, "as_json": as_json}
     result = target(**values)
     if result is None or (isinstance(result, int) and not isinstance(result, bool)):
         return result or EXIT_OK
