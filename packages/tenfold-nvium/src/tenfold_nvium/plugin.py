@@ -182,6 +182,8 @@ _SAMPLING = (
     Param("top_p", "float", 1.0, "keep this much probability", minimum=0.0, maximum=1.0),
 )
 
+_OFFSETS = (-4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+
 
 @hookimpl
 def tenfold_evaluators() -> list[ComponentSpec]:
@@ -190,12 +192,38 @@ def tenfold_evaluators() -> list[ComponentSpec]:
         ComponentSpec(
             "profile",
             "tenfold_nvium.profile:Profile",
-            "Where tokens leave and how good each head is; text shaded by depth",
+            "Where tokens leave, how good each head is, what waits; text shaded by depth",
+            version=2,
             params=(
                 *_SAMPLING,
                 Param("max_text_tokens", "int", 256, "longest text that is scored", minimum=2),
             ),
             requires={"model": ("exits", "generate", "tokenize")},
+            data=data,
+            modules=_HEAVY,
+            extras=_EXTRAS,
+        ),
+        ComponentSpec(
+            "tradeoff",
+            "tenfold_nvium.tradeoff:Tradeoff",
+            "Perplexity against depth and speed: shifted routers, fixed exits, a dense twin",
+            params=(
+                Param(
+                    "offsets",
+                    "list[float]",
+                    _OFFSETS,
+                    "numbers added to the routers' log-odds; 0 is always among them",
+                ),
+                Param("max_text_tokens", "int", 256, "longest text that is scored", minimum=1),
+                Param("time_runs", "int", 3, "timed passes, 0 measures no speed", minimum=0),
+                Param("time_prompts", "int", 4, "prompts per pass", minimum=1),
+                Param("time_tokens", "int", 48, "new tokens per prompt", minimum=2),
+                Param("max_prompt_tokens", "int", 32, "longer prompts keep their end", minimum=1),
+            ),
+            requires={
+                "model": ("exits", "generate", "tokenize"),
+                "dense?": ("exits", "generate", "tokenize"),
+            },
             data=data,
             modules=_HEAVY,
             extras=_EXTRAS,
