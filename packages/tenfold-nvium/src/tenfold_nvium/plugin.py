@@ -50,8 +50,8 @@ def _preset(name: str, type_: str, help_: str, minimum: float | None = None) -> 
 _SHAPE = (
     Param(
         "preset", "str", "quickstart",
-        "named shape and settings: tiny, quickstart, small, or a cell of the paper's grid "
-        "such as h768-l24",
+        "named shape and settings: tiny, quickstart, small, narrow, a cell of the paper's grid "
+        "such as h768-l24, or ablation-beta, ablation-heads, ablation-position",
     ),
     _preset("layers", "int", "decoder layers", 1),
     _preset("hidden_size", "int", "width of the residual stream", 2),
