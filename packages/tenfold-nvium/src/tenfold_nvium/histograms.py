@@ -15,7 +15,7 @@ import torch
 from tenfold.report import Block, Columns, Heading, Histogram, Lines, Paragraph, Table
 from torch import Tensor
 
-from tenfold_nvium.tokens import CLASSES, token_class
+from tenfold_nvium.tokens import ordered_classes
 
 GATE_BINS = 10
 POSITION_EDGES = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -75,12 +75,12 @@ def queue_lengths(
             yield waiting, widths
 
 
-def shares_by_class(pieces: Sequence[str], weights: Tensor) -> dict[str, list[float]]:
+def shares_by_class(classes: Sequence[str], weights: Tensor) -> dict[str, list[float]]:
     """Per class of token `[tokens, weight of exit 1, ..., exit K]`, summed; from the tokens'
-    texts and mixture weights `[n, K]`."""
+    classes and mixture weights `[n, K]`."""
     sums: dict[str, list[float]] = {}
-    for piece, line in zip(pieces, weights.tolist(), strict=True):
-        total = sums.setdefault(token_class(piece), [0.0] * (len(line) + 1))
+    for name, line in zip(classes, weights.tolist(), strict=True):
+        total = sums.setdefault(name, [0.0] * (len(line) + 1))
         for i, value in enumerate((1.0, *line)):
             total[i] += value
     return sums
@@ -149,8 +149,8 @@ class Histograms:
                 ["class", "tokens", *(f"exit {k + 1}" for k in range(exits))],
                 [
                     [name, int(line[0]), *(share / line[0] for share in line[1:])]
-                    for name in CLASSES
-                    if (line := self.classes.get(name))
+                    for name in ordered_classes(self.classes)
+                    for line in [self.classes[name]]
                 ],
                 "Mean mixture weight of each exit on the given texts.",
             )

@@ -146,6 +146,68 @@ def tenfold_models() -> list[ComponentSpec]:
     ]
 
 
+_SELECTION = (
+    Param("limit", "int", None, "at most this many records", minimum=1),
+    Param("shuffle_seed", "int", None, "shuffle by this seed, before `limit`"),
+)
+
+
+@hookimpl
+def tenfold_datasets() -> list[ComponentSpec]:
+    return [
+        ComponentSpec(
+            "spec-bench",
+            "tenfold_nvium.spec_bench:SpecBench",
+            "Prompts of a file in Spec-Bench's format: the first turn of each question",
+            params=(
+                Param("path", "path", help="JSON Lines with question_id, category and turns"),
+                Param("categories", "list[str]", (), "only these categories; empty means all"),
+                *_SELECTION,
+            ),
+            provides=("prompt",),
+            tags=("prompts", "speed", "files"),
+        ),
+        ComponentSpec(
+            "mixed-difficulty",
+            "tenfold_nvium.mixed_difficulty:MixedDifficulty",
+            "Texts with an easy, an impossible and a repeated part, to see depth adapt",
+            params=(
+                Param("count", "int", 2000, "texts in the split train", minimum=1),
+                Param("length", "int", 96, "characters per text", minimum=4),
+                Param(
+                    "bigram",
+                    "float",
+                    0.5,
+                    "share of a text with likely next characters",
+                    minimum=0.0,
+                    maximum=1.0,
+                ),
+                Param(
+                    "noise",
+                    "float",
+                    0.1,
+                    "probability of another character there",
+                    minimum=0.0,
+                    maximum=1.0,
+                ),
+                Param("min_period", "int", 12, "shortest random string", minimum=1),
+                Param("max_period", "int", 12, "longest random string", minimum=1),
+                Param(
+                    "split",
+                    "str",
+                    "train",
+                    "the split that is read where none is named",
+                    choices=("train", "validation", "test"),
+                ),
+                Param("seed", "int", 0, "seed of the table and the texts"),
+                *_SELECTION,
+            ),
+            provides=("text",),
+            tags=("synthetic", "testing"),
+        ),
+    ]
+
+
 @hookimpl
 def tenfold_trainers() -> list[ComponentSpec]:
     data = {"dataset": ("text",)}

@@ -20,6 +20,8 @@ from tenfold.records import (
     ItemResult,
     Metric,
     Metrics,
+    Record,
+    TextRecord,
     WorkItem,
     WorkItems,
 )
@@ -30,7 +32,7 @@ from tenfold_nvium.histograms import gain_by_position, gate_counts, shares_by_cl
 from tenfold_nvium.lm import NviumLM
 from tenfold_nvium.mixture import exit_log_probs
 from tenfold_nvium.scoring import ScoredPart, gates_and_heads, scored_part
-from tenfold_nvium.tokens import CLASSES, token_class
+from tenfold_nvium.tokens import ordered_classes, piece_classes
 
 if TYPE_CHECKING:
     from tenfold.report import Block
@@ -84,7 +86,7 @@ class Profile:
                 values["generated"] = self._generate(lm, prompt_of(item.payload), ctx.seed)
             part = scored_part(lm, item.payload, self.max_text_tokens)
             if part is not None and part.ids:
-                values["scored"] = self._score(lm, part)
+                values["scored"] = self._score(lm, part, item.payload)
             yield ItemResult(item.id, values)
 
     def _generate(self, lm: NviumLM, prompt: Any, seed: int) -> dict[str, Any]:
@@ -99,21 +101,25 @@ class Profile:
             "policy": done.stats["policy"],
         }
 
-    def _score(self, lm: NviumLM, part: ScoredPart) -> dict[str, Any]:
+    def _score(self, lm: NviumLM, part: ScoredPart, record: Record) -> dict[str, Any]:
         """Per token of a given text its expected depth, and sums: each head's loss, exit
         shares, gates by tenths, gain of depth by position."""
         gates, heads = gates_and_heads(lm, part.before, part.ids)
         weights = exit_log_probs(gates)
         depths = torch.tensor(lm.model.config.depths).double() / lm.model.config.num_hidden_layers
         pieces = token_pieces(lm, part.ids)
+        # Spans are those of a text, not of a prompt's reference.
+        spans = record.metadata.get("token_classes") if isinstance(record, TextRecord) else None
+        classes = piece_classes(pieces, spans)
         return {
             "pieces": pieces,
+            "classes": classes,
             "depth": (weights.exp() @ depths).tolist(),
             "shares": weights.exp().sum(0).tolist(),
             "head_loss": (-heads).sum(0).tolist(),
             "loss": float(-(weights + heads).logsumexp(-1).sum()),
             "tokens": len(part.ids),
-            "class_shares": shares_by_class(pieces, weights.exp()),
+            "class_shares": shares_by_class(classes, weights.exp()),
             "gates": gate_counts(gates.sigmoid()),
             "gain": gain_by_position(heads, len(part.before)),
         }
@@ -161,9 +167,9 @@ class _Sums:
         for k in range(count):
             self.heads[k].add(scored["head_loss"][k], scored["tokens"])
             self.shares[k] += scored["shares"][k]
-        for piece, depth in zip(scored["pieces"], scored["depth"], strict=True):
+        for name, depth in zip(scored["classes"], scored["depth"], strict=True):
             self.depth.add(depth)
-            self.by_class.setdefault(token_class(piece), MeanSum()).add(depth)
+            self.by_class.setdefault(name, MeanSum()).add(depth)
 
     def metrics(self) -> Iterator[Metric]:
         generated = sum(self.exits)
@@ -187,9 +193,8 @@ class _Sums:
                 unit="nats", group=group,
             )  # fmt: skip
             yield Metric("share", share / tokens, tokens, group=group)
-        for name in CLASSES:
-            if name in self.by_class:
-                line = self.by_class[name]
-                yield Metric(
-                    "expected_depth", line.mean, line.n, line.interval(), group=f"class={name}"
-                )
+        for name in ordered_classes(self.by_class):
+            line = self.by_class[name]
+            yield Metric(
+                "expected_depth", line.mean, line.n, line.interval(), group=f"class={name}"
+            )
