@@ -7,8 +7,8 @@ Each text has three parts, one character per token for byte-level tokenizers:
   the table can be learned by a shallow model;
 - *random*: a string of `period` characters drawn from 32: ln 32 = 3.466 nats each, and no model
   does better;
-- *repeat*: that string again and again: 0 nats for a model that finds the earlier place, which
-  takes attention over two layers.
+- *repeat*: that string again and again: 0 nats for a model that finds the earlier place. One
+  layer that looks a fixed distance back is enough for a fixed period; a varying one takes two.
 
 A model whose depth adapts to the token should therefore treat the parts differently. The metadata
 `token_classes`, `[[class, begin, end], ...]` in characters, tells which part is where;
