@@ -169,7 +169,8 @@ def test_report_and_csv_hold_every_point(lm, tmp_path):
     text = render_markdown("t", blocks)
     assert "shifted routers" in text
     assert "oracle" in text
-    assert "tokens/s" in text
+    assert "tokens/s" not in text  # nothing was timed
+    assert text.count("| offset=+1 |") == 2
     assert not any(getattr(block, "text", "") == "Speed" for block in blocks)
 
 

@@ -48,7 +48,7 @@ def tradeoff_blocks(ctx: Context, curve: Curve) -> Iterator[Block]:
         yield _speed_chart(curve, timed)
     table = point_table(curve)
     yield Heading("Every point")
-    yield table
+    yield from _narrow_tables(table)
     write_text(Path(ctx.artifacts) / CSV, table_csv(table))
     yield Paragraph(f"The same numbers in full precision: artifacts/{CSV}")
 
@@ -129,4 +129,25 @@ def point_table(curve: Curve) -> Table:
                 "" if point.name == ORACLE else point.pareto,
             ]
         )  # fmt: skip
-    return Table(columns, rows, "Intervals: 95 %, resampling texts. Shares are mean weights.")
+    return Table(columns, rows)
+
+
+def _narrow_tables(table: Table) -> Iterator[Table]:
+    """The wide table in parts that fit on a page; a part without any number is left out."""
+    shares = [name for name in table.columns if name.startswith("exit ")]
+    parts = [
+        (["perplexity", "low", "high", "depth", "bound", "gap to dense", "Pareto"],
+         "Low and high: 95 %, resampling texts. Gap: nats per token over the dense twin's."),
+        (["tokens/s", "speed-up", "decoded depth"], "Medians over the passes."),
+        (shares, "Share of each exit: its mean mixture weight."),
+    ]  # fmt: skip
+    for names, caption in parts:
+        places = [table.columns.index(name) for name in names]
+        filled = [i for i in places if any(row[i] is not None for row in table.rows)]
+        rows = [
+            [row[0], *(row[i] for i in filled)]
+            for row in table.rows
+            if any(row[i] is not None for i in filled)
+        ]
+        if filled:
+            yield Table([table.columns[0], *(table.columns[i] for i in filled)], rows, caption)
