@@ -52,8 +52,8 @@ def _preset(name: str, type_: str, help_: str, minimum: float | None = None) -> 
 _SHAPE = (
     Param(
         "preset", "str", "quickstart",
-        "named shape and settings: tiny, quickstart, small, or a cell of the paper's grid "
-        "such as h768-l24",
+        "named shape and settings: tiny, quickstart, small, narrow, a cell of the paper's grid "
+        "such as h768-l24, or ablation-beta, ablation-heads, ablation-position",
     ),
     _preset("layers", "int", "decoder layers", 1),
     _preset("hidden_size", "int", "width of the residual stream", 2),
@@ -204,6 +204,68 @@ def tenfold_models() -> list[ComponentSpec]:
     ]
 
 
+_SELECTION = (
+    Param("limit", "int", None, "at most this many records", minimum=1),
+    Param("shuffle_seed", "int", None, "shuffle by this seed, before `limit`"),
+)
+
+
+@hookimpl
+def tenfold_datasets() -> list[ComponentSpec]:
+    return [
+        ComponentSpec(
+            "spec-bench",
+            "tenfold_nvium.spec_bench:SpecBench",
+            "Prompts of a file in Spec-Bench's format: the first turn of each question",
+            params=(
+                Param("path", "path", help="JSON Lines with question_id, category and turns"),
+                Param("categories", "list[str]", (), "only these categories; empty means all"),
+                *_SELECTION,
+            ),
+            provides=("prompt",),
+            tags=("prompts", "speed", "files"),
+        ),
+        ComponentSpec(
+            "mixed-difficulty",
+            "tenfold_nvium.mixed_difficulty:MixedDifficulty",
+            "Texts with an easy, an impossible and a repeated part, to see depth adapt",
+            params=(
+                Param("count", "int", 2000, "texts in the split train", minimum=1),
+                Param("length", "int", 96, "characters per text", minimum=4),
+                Param(
+                    "bigram",
+                    "float",
+                    0.5,
+                    "share of a text with likely next characters",
+                    minimum=0.0,
+                    maximum=1.0,
+                ),
+                Param(
+                    "noise",
+                    "float",
+                    0.1,
+                    "probability of another character there",
+                    minimum=0.0,
+                    maximum=1.0,
+                ),
+                Param("min_period", "int", 12, "shortest random string", minimum=1),
+                Param("max_period", "int", 12, "longest random string", minimum=1),
+                Param(
+                    "split",
+                    "str",
+                    "train",
+                    "the split that is read where none is named",
+                    choices=("train", "validation", "test"),
+                ),
+                Param("seed", "int", 0, "seed of the table and the texts"),
+                *_SELECTION,
+            ),
+            provides=("text",),
+            tags=("synthetic", "testing"),
+        ),
+    ]
+
+
 @hookimpl
 def tenfold_trainers() -> list[ComponentSpec]:
     data = {"dataset": ("text",)}
@@ -252,6 +314,8 @@ _SAMPLING = (
     Param("top_p", "float", 1.0, "keep this much probability", minimum=0.0, maximum=1.0),
 )
 
+_OFFSETS = (-4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+
 
 @hookimpl
 def tenfold_evaluators() -> list[ComponentSpec]:
@@ -260,7 +324,8 @@ def tenfold_evaluators() -> list[ComponentSpec]:
         ComponentSpec(
             "profile",
             "tenfold_nvium.profile:Profile",
-            "Where tokens leave and how good each head is; text shaded by depth",
+            "Where tokens leave, how good each head is, what waits; text shaded by depth",
+            version=2,
             params=(
                 *_SAMPLING,
                 Param("max_text_tokens", "int", 256, "longest text that is scored", minimum=2),
@@ -283,6 +348,31 @@ def tenfold_evaluators() -> list[ComponentSpec]:
                 Param("seed", "int", None, "of sampling; default: the run's"),
             ),
             requires={"*": ("generate",)},
+            data=data,
+            modules=_HEAVY,
+            extras=_EXTRAS,
+        ),
+        ComponentSpec(
+            "tradeoff",
+            "tenfold_nvium.tradeoff:Tradeoff",
+            "Perplexity against depth and speed: shifted routers, fixed exits, a dense twin",
+            params=(
+                Param(
+                    "offsets",
+                    "list[float]",
+                    _OFFSETS,
+                    "numbers added to the routers' log-odds; 0 is always among them",
+                ),
+                Param("max_text_tokens", "int", 256, "longest text that is scored", minimum=1),
+                Param("time_runs", "int", 3, "timed passes, 0 measures no speed", minimum=0),
+                Param("time_prompts", "int", 4, "prompts per pass", minimum=1),
+                Param("time_tokens", "int", 48, "new tokens per prompt", minimum=2),
+                Param("max_prompt_tokens", "int", 32, "longer prompts keep their end", minimum=1),
+            ),
+            requires={
+                "model": ("exits", "generate", "tokenize"),
+                "dense?": ("exits", "generate", "tokenize"),
+            },
             data=data,
             modules=_HEAVY,
             extras=_EXTRAS,

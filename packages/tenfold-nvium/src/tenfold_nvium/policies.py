@@ -2,7 +2,7 @@
 
 | policy | leaves at exit k when | next token from | exact for |
 |---|---|---|---|
-| `SampleExit` | u < sigma(s_k / T) | head k | the mixture, at temperatures (1, 1) |
+| `SampleExit` | u < sigma((s_k + delta) / T) | head k | the mixture, at T = 1 and delta = 0 |
 | `GreedyRouter` | g_k > 1/2 | head k | nothing; the fastest |
 | `FixedExit` | k is the given one | head k | that head |
 | `FullDepth` | never | all heads, mixed | the mixture, under any warping |
@@ -55,25 +55,31 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 class SampleExit(ExitPolicy):
     """Samples the exit: token and exit together follow the mixture.
 
-    `temperature` divides the log-odds; anything but 1 draws from another mixture.
+    `offset` is added to every router's log-odds and `temperature` divides the sum; anything but
+    0 and 1 draws from another mixture (a higher offset from a shallower, faster one).
     """
 
     name: ClassVar[str] = "sample"
     temperature: float = 1.0
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ConfigError(
                 f"router temperature is {self.temperature}; above 0 (for 0 use GreedyRouter)"
+            )
+        if not math.isfinite(self.offset):
+            raise ConfigError(
+                f"router offset is {self.offset}; a finite number (fixed:<exit> opens one exit)"
             )
 
     def leaves(self, exit_index: int, log_odds: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         """`u < g_k`."""
-        return uniform < sigmoid(log_odds / self.temperature)
+        return uniform < sigmoid((log_odds + self.offset) / self.temperature)
 
     def leaves_one(self, exit_index: int, log_odds: float, uniform: float) -> bool:
         """See `ExitPolicy`."""
-        x = log_odds / self.temperature
+        x = (log_odds + self.offset) / self.temperature
         return uniform < math.exp(min(x, 0.0) - math.log1p(math.exp(-abs(x))))
 
 
@@ -147,7 +153,7 @@ POLICIES: dict[str, type[ExitPolicy]] = {
 
 def make_policy(policy: str | ExitPolicy) -> ExitPolicy:
     """A policy from its name; `fixed:2` leaves at exit 2 (1-based), `sample:0.8` samples
-    exits at router temperature 0.8.
+    exits at router temperature 0.8, `sample:1:0.5` with 0.5 added to the log-odds.
 
     Raises:
         ConfigError: unknown name, or a bad argument.
@@ -158,7 +164,8 @@ def make_policy(policy: str | ExitPolicy) -> ExitPolicy:
     if name not in POLICIES:
         raise ConfigError(
             f"unknown decode policy {policy!r}{nearest(name, POLICIES)} "
-            f"(known: {', '.join(POLICIES)}, fixed:<exit>, sample:<temperature>)"
+            f"(known: {', '.join(POLICIES)}, fixed:<exit>, "
+            "sample:<temperature>[:<offset>])"
         )
     if not argument:
         return POLICIES[name]()
@@ -166,7 +173,8 @@ def make_policy(policy: str | ExitPolicy) -> ExitPolicy:
         if name == "fixed":
             return FixedExit(int(argument) - 1)
         if name == "sample":
-            return SampleExit(float(argument))
+            temperature, _, offset = argument.partition(":")
+            return SampleExit(float(temperature), float(offset or 0))
     except ValueError:
         pass
     raise ConfigError(f"decode policy {policy!r}: {argument!r} is no argument for {name!r}")

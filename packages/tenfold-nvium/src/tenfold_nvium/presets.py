@@ -1,4 +1,5 @@
-"""Named model shapes with their training settings: small ones for laptops, and the paper's grid.
+"""Named model shapes with their training settings: small ones for laptops, the paper's grid and
+its ablations.
 
 The grid has 30 cells `h<hidden>-l<layers>` (paper "Experimental setup"): Llama-2 shapes, exits
 at a quarter, half and three quarters, 20 training tokens per parameter. Every preset has a
@@ -97,6 +98,18 @@ def _grid() -> dict[str, Preset]:
 GRID: dict[str, Preset] = _grid()
 """The paper's 30 cells, `h128-l6` to `h1536-l48`."""
 
+ABLATIONS: dict[str, Preset] = {
+    "ablation-beta": replace(GRID["h768-l24"], learning_rate=6e-4, steps=17254),
+    "ablation-heads": replace(
+        GRID["h768-l24"], learning_rate=6e-4, steps=17254, compute_penalty=0.1
+    ),
+    "ablation-position": replace(
+        GRID["h768-l24"], learning_rate=5e-4, steps=16937, compute_penalty=0.0, exits=(12,)
+    ),
+}
+"""The paper's ablations of the penalty, the number of heads and the exit's place, all at width
+768 and 24 layers; what each varies is in the recipes of the same names."""
+
 PRESETS: dict[str, Preset] = {
     # Seconds, for tests.
     "tiny": Preset(
@@ -115,7 +128,15 @@ PRESETS: dict[str, Preset] = {
         batch_size=8, learning_rate=2e-3, warmup_ratio=0.05, compute_penalty=0.02,
         tie_word_embeddings=True,
     ),
+    # As deep as the paper's ablations, so that their lists of exits fit, and narrow enough for
+    # a few minutes on two CPU cores.
+    "narrow": Preset(
+        64, 24, 4, (6, 12, 18), 176, vocab_size=2048, context_length=128, steps=400,
+        batch_size=10, learning_rate=3e-3, warmup_ratio=0.05, compute_penalty=0.02,
+        tie_word_embeddings=True,
+    ),
     **GRID,
+    **ABLATIONS,
 }  # fmt: skip
 
 
@@ -128,7 +149,8 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ConfigError(
             f"unknown preset {name!r}{nearest(name, PRESETS)} "
-            f"(known: tiny, quickstart, small, h<128..1536>-l<6..48>)"
+            f"(known: tiny, quickstart, small, narrow, h<128..1536>-l<6..48>, "
+            f"{', '.join(ABLATIONS)})"
         )
     return PRESETS[name]
 

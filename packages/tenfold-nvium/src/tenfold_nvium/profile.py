@@ -2,7 +2,8 @@
 
 Per prompt or text: a generated continuation with its exits, and a teacher-forced pass over the
 text with every head's log-probability and the mixture weights. The report shows text shaded by
-depth, exit shares by token class, and each head's loss beside the mixture's.
+depth, exit shares by token class, each head's loss beside the mixture's, what the routers
+answer, how many positions wait while decoding, and what depth gains by position.
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tenfold.capabilities import Context, Dataset
-from tenfold.lm.batching import pad_batch
 from tenfold.lm.tokenizer import token_pieces
 from tenfold.records import (
     GenerationConfig,
     ItemResult,
     Metric,
     Metrics,
-    PromptRecord,
+    Record,
+    TextRecord,
     WorkItem,
     WorkItems,
 )
 from tenfold.stats import MeanSum, RatioSum
 
 from tenfold_nvium.exactness import prompt_of, require_nvium
+from tenfold_nvium.histograms import gain_by_position, gate_counts, shares_by_class
 from tenfold_nvium.lm import NviumLM
-from tenfold_nvium.tokens import CLASSES, token_class
+from tenfold_nvium.mixture import exit_log_probs
+from tenfold_nvium.scoring import ScoredPart, gates_and_heads, scored_part
+from tenfold_nvium.tokens import ordered_classes, piece_classes
 
 if TYPE_CHECKING:
     from tenfold.report import Block
@@ -77,15 +81,12 @@ class Profile:
         """Generates and scores, record by record."""
         lm = require_nvium(models)
         for item in items:
-            record, prompt = item.payload, prompt_of(item.payload)
             values: dict[str, Any] = {"depths": lm.model.config.depths}
             if self.max_new_tokens:
-                values["generated"] = self._generate(lm, prompt, ctx.seed)
-            reference = record.reference if isinstance(record, PromptRecord) else None
-            context = prompt if reference is not None else ""
-            text = reference if reference is not None else prompt
-            if isinstance(text, str):
-                values["scored"] = self._score(lm, context, text)
+                values["generated"] = self._generate(lm, prompt_of(item.payload), ctx.seed)
+            part = scored_part(lm, item.payload, self.max_text_tokens)
+            if part is not None and part.ids:
+                values["scored"] = self._score(lm, part, item.payload)
             yield ItemResult(item.id, values)
 
     def _generate(self, lm: NviumLM, prompt: Any, seed: int) -> dict[str, Any]:
@@ -95,27 +96,32 @@ class Profile:
             "prompt": prompt if isinstance(prompt, str) else lm.render_chat(prompt),
             "pieces": token_pieces(lm, done.token_ids),
             "exits": done.stats["exits"],
+            "prompt_tokens": len(lm.prompt_ids(prompt)),
+            "max_deferred": lm.max_deferred or lm.model.config.max_deferred,
             "policy": done.stats["policy"],
         }
 
-    def _score(self, lm: NviumLM, context: Any, text: str) -> dict[str, Any]:
-        """Per token of a given text: its class, expected depth, and each head's loss."""
-        before = lm.prompt_ids(context)
-        room = max(0, lm.context_length - len(before))
-        ids = lm.encode(text)[: min(self.max_text_tokens, room)]
-        batch = pad_batch([[*before, *ids]], lm.pad_id, loss_from=[len(before)], device=lm.device)
-        scores = lm.exit_scores(batch)
-        weights = scores.log_weights[0, len(before) :].double()
-        heads = scores.log_probs[0, len(before) :].double()
-        depth = weights.exp() @ torch.tensor(scores.depths, dtype=torch.double).to(weights)
-        pieces = token_pieces(lm, ids)
+    def _score(self, lm: NviumLM, part: ScoredPart, record: Record) -> dict[str, Any]:
+        """Per token of a given text its expected depth, and sums: each head's loss, exit
+        shares, gates by tenths, gain of depth by position."""
+        gates, heads = gates_and_heads(lm, part.before, part.ids)
+        weights = exit_log_probs(gates)
+        depths = torch.tensor(lm.model.config.depths).double() / lm.model.config.num_hidden_layers
+        pieces = token_pieces(lm, part.ids)
+        # Spans are those of a text, not of a prompt's reference.
+        spans = record.metadata.get("token_classes") if isinstance(record, TextRecord) else None
+        classes = piece_classes(pieces, spans)
         return {
             "pieces": pieces,
-            "depth": depth.tolist(),
+            "classes": classes,
+            "depth": (weights.exp() @ depths).tolist(),
             "shares": weights.exp().sum(0).tolist(),
             "head_loss": (-heads).sum(0).tolist(),
             "loss": float(-(weights + heads).logsumexp(-1).sum()),
-            "tokens": len(ids),
+            "tokens": len(part.ids),
+            "class_shares": shares_by_class(classes, weights.exp()),
+            "gates": gate_counts(gates.sigmoid()),
+            "gain": gain_by_position(heads, len(part.before)),
         }
 
     def aggregate(self, ctx: Context, results: Iterable[ItemResult]) -> Metrics:
@@ -161,9 +167,9 @@ class _Sums:
         for k in range(count):
             self.heads[k].add(scored["head_loss"][k], scored["tokens"])
             self.shares[k] += scored["shares"][k]
-        for piece, depth in zip(scored["pieces"], scored["depth"], strict=True):
+        for name, depth in zip(scored["classes"], scored["depth"], strict=True):
             self.depth.add(depth)
-            self.by_class.setdefault(token_class(piece), MeanSum()).add(depth)
+            self.by_class.setdefault(name, MeanSum()).add(depth)
 
     def metrics(self) -> Iterator[Metric]:
         generated = sum(self.exits)
@@ -187,9 +193,8 @@ class _Sums:
                 unit="nats", group=group,
             )  # fmt: skip
             yield Metric("share", share / tokens, tokens, group=group)
-        for name in CLASSES:
-            if name in self.by_class:
-                line = self.by_class[name]
-                yield Metric(
-                    "expected_depth", line.mean, line.n, line.interval(), group=f"class={name}"
-                )
+        for name in ordered_classes(self.by_class):
+            line = self.by_class[name]
+            yield Metric(
+                "expected_depth", line.mean, line.n, line.interval(), group=f"class={name}"
+            )

@@ -18,6 +18,8 @@ from tenfold.report import (
     TokenHeat,
 )
 
+from tenfold_nvium.histograms import Histograms
+
 EXPLANATION = (
     "An N-vium predicts with several heads at different depths and mixes them. A token shaded "
     "towards 'shallow' left the model early; its upper layers ran later, together with a token "
@@ -30,14 +32,17 @@ def profile_blocks(results: Iterable[ItemResult], metrics: Metrics, shown: int) 
     """Charts over everything, then the first texts."""
     yield Paragraph(EXPLANATION)
     yield from _charts(metrics)
-    opened = 0
+    histograms, texts = Histograms(), []
     for result in results:
-        if result.error is not None or opened >= shown:
+        if result.error is not None:
             continue
-        opened += 1
-        blocks = list(_text_blocks(result.values))
+        histograms.add(result.values)
+        if len(texts) < shown:
+            texts.append((result.id, list(_text_blocks(result.values))))
+    yield from histograms.blocks()
+    for name, blocks in texts:
         if blocks:
-            yield Heading(result.id, level=3)
+            yield Heading(name, level=3)
             yield from blocks
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tenfold_nvium.controller import BaselineCurve, ComputePenaltyController
+from tenfold_nvium.loss import IGNORED
+from tenfold_nvium.mixture import gate_entropy
 from tenfold_nvium.modeling import NviumForCausalLM
 
 CONTROLLER_FILE = "nvium-controller.json"
@@ -172,16 +174,19 @@ class NviumLoss:
         chosen = {} if self._loss == "full" else {"loss_phase": "main", "compute_penalty": 0.0}
         output = model(**batch, **chosen)
         last_only = self._loss == "final_only"
-        if not model.training:
+        # Not the wrapper's own flag: DeepSpeed's engine says it trains while its module does not.
+        if not self._phase.model.training:
             return output.exit_losses[-1] if last_only else output.mixture_loss
         heads = -output.target_log_probs.sum((0, 1)) / scored_tokens(batch).clamp(min=1)
         total = heads[-1] if last_only else output.loss
         if self._head_loss and not last_only and len(heads) > 1:
             total = total + self._head_loss * heads[:-1].mean()
-        return total, self._values(output) if self._phase.reports else {}
+        return total, self._values(output, batch) if self._phase.reports else {}
 
-    def _values(self, output: Any) -> dict[str, float]:
-        """One transfer from the device for all numbers."""
+    def _values(self, output: Any, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """Losses and shares of the exits, and per router its mean answer (`gate-mean-k`, the
+        probability of leaving once there) and how undecided it is (`gate-entropy-k`, nats).
+        One transfer from the device for all numbers."""
         named = {
             "mixture-loss": output.mixture_loss,
             "expected-depth": output.expected_depth,
@@ -189,6 +194,11 @@ class NviumLoss:
         }
         for k, (loss, share) in enumerate(zip(output.exit_losses, output.exit_shares, strict=True)):
             named[f"exit-loss-{k + 1}"], named[f"exit-share-{k + 1}"] = loss, share
+        gates = output.gate_log_odds[:, :-1].detach()
+        scored = batch["labels"][:, 1:] != IGNORED
+        for name, numbers in (("mean", gates.sigmoid()), ("entropy", gate_entropy(gates))):
+            means = (numbers * scored[..., None]).sum((0, 1)) / scored.sum().clamp(min=1)
+            named |= {f"gate-{name}-{k + 1}": value for k, value in enumerate(means)}
         numbers = torch.stack([v.detach().float() for v in named.values()]).tolist()
         values = dict(zip(named, numbers, strict=True))
         values["compute-penalty"] = float(self._phase.model.compute_penalty)
