@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from nvium_cases import TEXTS, tiny_model
@@ -90,29 +89,6 @@ def test_one_new_token_and_no_room(lm):
         lm.generate([long], config)
 
 
-def test_an_end_at_the_first_token_ends_the_text(lm):
-    """The head that is sampled gives all its probability to the end of text."""
-    model = tiny_model(vocab_size=lm.model.config.vocab_size, eos_token_id=0)
-    ended = NviumLM(model, lm.tokenizer)
-    with torch.no_grad():  # the other tokens' logits fall behind by far
-        for k in range(model.num_exits):
-            norm = model.exits[k].norm if k < 3 else model.model.norm
-            norm.weight.zero_()
-            norm.weight[0] = 1.0
-        model.lm_head.weight.zero_()
-    uniform = [len(ended.generate(["x"], GenerationConfig(max_new_tokens=8, temperature=1.0,
-                                                           seed=s))[0][0].token_ids)
-               for s in range(3)]  # fmt: skip
-    assert max(uniform) == 8  # all logits are equal: the text goes on
-    decoder = PiggybackDecoder(lm.model)
-    first = decoder.generate([[5, 6]], 1, seeds=[9]).rows[0].tokens
-    done = decoder.generate([[5, 6]], 20, seeds=[9], eos_ids=first)
-    assert done.rows[0].tokens == first
-    assert done.rows[0].finish_reason == "eos"
-    assert done.trace.decode_s < 1.0
-    assert not done.cache.deferred().any()
-
-
 def test_a_truncated_model_is_the_fixed_exit():
     """Gates wide open at exit k: the same as a model that has no further layers at all."""
     model, ids = tiny_model(), torch.randint(23, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -135,9 +111,3 @@ def test_a_truncated_model_is_the_fixed_exit():
             wanted = short(ids).logits
             got = model(ids, output_exit_logits=True).exit_logits[:, :, k].log_softmax(-1)
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
-        one = PiggybackDecoder(model, FixedExit(k)).generate([[1, 2, 3]], 12, seeds=[4]).rows[0]
-        other = PiggybackDecoder(short).generate([[1, 2, 3]], 12, seeds=[4]).rows[0]
-        assert one.exits == [k] * 12
-        # The token uniform is the last of a position's numbers, of which a dense model has one.
-        assert len(other.tokens) == 12
-        np.testing.assert_equal(other.exits, [0] * 12)
