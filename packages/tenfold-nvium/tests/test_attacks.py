@@ -77,6 +77,8 @@ def test_a_nan_router_stops_generate_and_the_capability(lm):
         NviumLM(model, lm.tokenizer).generate(["def f"], GenerationConfig(max_new_tokens=3))
     with pytest.raises(RunFailed, match="router of exit 1 gave NaN"):
         model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False)
+    with pytest.raises(RunFailed, match="router of exit 1 gave NaN"):
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=True, top_k=5)
 
 
 def test_one_new_token_and_no_room(lm):

@@ -16,7 +16,7 @@ from tenfold.errors import ConfigError
 from torch import Tensor
 
 from tenfold_nvium.cache import NviumCache
-from tenfold_nvium.cascade import cascade, flush, run_segment
+from tenfold_nvium.cascade import broken_router, cascade, flush, run_segment
 from tenfold_nvium.layers import SegmentRunner
 from tenfold_nvium.mixture import exit_log_probs, in_full_precision
 from tenfold_nvium.policies import ExitPolicy, make_policy
@@ -96,6 +96,9 @@ def _full_depth(
             place[real] = out[torch.from_numpy(np.flatnonzero(fresh)).to(out.device)]
         states.append(place)
     inputs, gates = model.exit_views(states)
+    broken = gates.isnan().flatten(0, -2).any(0).nonzero()[:, 0].tolist()
+    if broken:
+        raise broken_router(broken[0])
     weights = exit_log_probs(gates)
     keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     logits = model.mixture_logits([a[:, keep] for a in inputs], weights[:, keep])

@@ -67,11 +67,10 @@ class RoutedGenerationMixin(GenerationMixin):
             asked, bool(generation_config.do_sample), bool(logits_processor), synced_gpus
         )
         cache = model_kwargs.get("past_key_values")
-        if policy is not None:
-            cache = self._routed_cache(cache, asked)
-        if policy is not None and cache is not None:
-            model_kwargs |= {"past_key_values": cache, "decode_policy": policy}
+        if not synced_gpus:
+            cache = self._own_cache(cache, asked)
         if isinstance(cache, NviumCache):
+            model_kwargs |= {"past_key_values": cache, "decode_policy": policy}
             cache.start_rows()
             if any(hasattr(c, "eos_token_id") for c in stopping_criteria):
                 stopping_criteria = WatchedStopping(stopping_criteria, cache)
@@ -117,7 +116,7 @@ class RoutedGenerationMixin(GenerationMixin):
             return None
         return make_policy("sample" if samples else "certified")
 
-    def _routed_cache(self, cache: Cache | None, asked: Any) -> NviumCache | None:
+    def _own_cache(self, cache: Cache | None, asked: Any) -> Cache | None:
         """The cache to decode with: the caller's own, or a new one in place of the empty cache
         that `generate` has prepared; None without any (`use_cache=False`)."""
         if isinstance(cache, NviumCache):
@@ -130,4 +129,4 @@ class RoutedGenerationMixin(GenerationMixin):
                 "decode_policy defers tokens, which needs an NviumCache; leave past_key_values "
                 "out or pass an NviumCache, and keep use_cache on"
             )
-        return None
+        return cache

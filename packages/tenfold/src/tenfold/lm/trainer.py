@@ -131,7 +131,9 @@ class PlanTrainer(Trainer):
         labels = torch.where(count > 0, inputs["labels"], inputs["input_ids"])
         result = self._loss_function(model, {**inputs, "labels": labels})
         loss, values = result if isinstance(result, tuple) else (result, {})
-        if model.training:
+        network: Any = self.model
+        # Not the wrapper's own flag: DeepSpeed's engine says it trains while its module does not.
+        if network.training:
             for name, value in values.items():
                 self._reported.setdefault(name, []).append(float(value))
             if num_items_in_batch is not None:
