@@ -122,7 +122,7 @@ def test_exits_learn_and_open_over_a_frozen_backbone(base, converted, tmp_path):
 
 
 def test_routers_alone(converted, tmp_path):
-    done = train(converted, tmp_path, train="routers", steps=10)
+    done = train(converted, tmp_path, train_parts="routers", steps=10)
     before, after = states(converted, done)
     moved = changed(before, after)
     assert moved
@@ -130,8 +130,8 @@ def test_routers_alone(converted, tmp_path):
 
 
 def test_all_moves_all_and_final_only_leaves_the_exits(converted, tmp_path):
-    whole = train(converted, tmp_path / "a", train="all", steps=6, learning_rate=1e-3)
-    last = train(converted, tmp_path / "b", train="all", loss="final_only", steps=6,
+    whole = train(converted, tmp_path / "a", train_parts="all", steps=6, learning_rate=1e-3)
+    last = train(converted, tmp_path / "b", train_parts="all", loss="final_only", steps=6,
                  learning_rate=1e-3)  # fmt: skip
     before, after, tuned = states(converted, whole, last)
     assert changed(before, after) == set(before)
@@ -149,7 +149,7 @@ def test_a_base_is_converted_on_the_fly(base, converted, tmp_path):
 
 def test_resumed_training_equals_an_uninterrupted_one(converted, tmp_path):
     settings = {
-        "steps": 20, "eval_steps": 5, "save_steps": 5, "hold_base_loss": True, "train": "all",
+        "steps": 20, "eval_steps": 5, "save_steps": 5, "hold_base_loss": True, "train_parts": "all",
         "learning_rate": 1e-3, "compute_penalty": 0.3, "dataset": Answers(),
         "gradient_checkpointing": True,
     }  # fmt: skip
@@ -173,7 +173,7 @@ def test_resumed_training_equals_an_uninterrupted_one(converted, tmp_path):
 @pytest.mark.parametrize("mode", ["exits", "all"])
 def test_accumulation_over_unequal_answers_equals_one_batch(converted, tmp_path, mode):
     """Four parts of two rows with different numbers of scored tokens against eight rows."""
-    settings = {"dataset": Answers(), "train": mode, "steps": 6, "learning_rate": 1e-3,
+    settings = {"dataset": Answers(), "train_parts": mode, "steps": 6, "learning_rate": 1e-3,
                 "batch_size": 8, "head_loss": 0.5, "eval_rows": 0}  # fmt: skip
     one = train(converted, tmp_path / "one", **settings)
     four = train(converted, tmp_path / "four", gradient_accumulation=4, **settings)
@@ -285,7 +285,7 @@ def test_freezing_covers_every_parameter(base):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"train": "exit"}, "did you mean 'exits'"),
+        ({"train_parts": "exit"}, "did you mean 'exits'"),
         ({"loss": "mix"}, "one of full, mix_only, final_only"),
         ({"loss": "final_only"}, "freezes"),
         ({"controller": "x.json", "hold_base_loss": True}, "give one"),

@@ -1,10 +1,11 @@
 """`nvium:finetune`: continues an N-vium, or gives a dense checkpoint exits and trains them.
 
 The way from a dense base to a fast one has two parts. First the backbone is frozen and the
-exits learn (`train = "exits"`): the base's own predictions stay bit for bit, and its last head
-is what the mixture falls back on. The early heads' cross-entropy is added to the loss there,
-since a gate that starts at 1.8 % would let them learn at 1.8 % of the speed. Then everything
-may move (`train = "all"`), with the compute penalty held by the base's own validation loss.
+exits learn (`train_parts = "exits"`): the base's own predictions stay bit for bit, and its last
+head is what the mixture falls back on. The early heads' cross-entropy is added to the loss
+there, since a gate that starts at 1.8 % would let them learn at 1.8 % of the speed. Then
+everything may move (`train_parts = "all"`), with the compute penalty held by the base's own
+validation loss.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Finetuner:
         num_exits: number of its heads, instead; default 4.
         gate_init: log-odds that routers start with: for a base -4 by default; an N-vium keeps
             its routers unless this is given.
-        train: `exits` (norms, adapters, routers, heads of their own; the backbone is frozen),
+        train_parts: `exits` (norms, adapters, routers, heads of their own; the backbone is frozen),
             `routers`, or `all`.
         loss: `full` (mixture and compute penalty), `mix_only`, or `final_only` (last head).
         head_loss: weight of the early heads' mean cross-entropy; None: 1 when the exits are
@@ -75,7 +76,7 @@ class Finetuner:
         exits: Sequence[int] | None = None,
         num_exits: int | None = None,
         gate_init: float | None = None,
-        train: str = "exits",
+        train_parts: str = "exits",
         loss: str = "full",
         head_loss: float | None = None,
         steps: int = 300,
@@ -98,15 +99,18 @@ class Finetuner:
         device: str | None = None,
         dtype: str | None = None,
     ) -> None:
-        for name, value, known in (("train", train, PARTS), ("loss", loss, LOSSES)):
+        for name, value, known in (
+            ("train_parts", train_parts, PARTS),
+            ("loss", loss, LOSSES),
+        ):
             if value not in known:
                 raise ConfigError(
                     f"{name} is {value!r}{nearest(value, known)}; one of {', '.join(known)}"
                 )
-        if loss == "final_only" and train != "all":
+        if loss == "final_only" and train_parts != "all":
             raise ConfigError(
-                f'loss "final_only" trains the last head, which train = {train!r} freezes; '
-                'use train = "all"'
+                f'loss "final_only" trains the last head, which train_parts = '
+                f'{train_parts!r} freezes; use train_parts = "all"'
             )
         if controller and hold_base_loss:
             raise ConfigError("controller and hold_base_loss both set the target; give one")
@@ -116,10 +120,10 @@ class Finetuner:
             raise ConfigError("hold_base_loss compares evaluations; eval_rows must be above 0")
         self.dataset, self.checkpoint = dataset, checkpoint
         self.exits, self.num_exits, self.gate_init = exits, num_exits, gate_init
-        self.train, self.loss = train, loss
-        self.head_loss = float(train == "exits") if head_loss is None else head_loss
+        self.train_parts, self.loss = train_parts, loss
+        self.head_loss = float(train_parts == "exits") if head_loss is None else head_loss
         self.steps, self.batch_size, self.context_length = steps, batch_size, context_length
-        self.learning_rate = _RATES[train] if learning_rate is None else learning_rate
+        self.learning_rate = _RATES[train_parts] if learning_rate is None else learning_rate
         self.warmup_ratio, self.weight_decay = warmup_ratio, weight_decay
         self.compute_penalty, self.router_warmup_ratio = compute_penalty, router_warmup_ratio
         self.controller, self.hold_base_loss = controller, hold_base_loss
@@ -154,7 +158,7 @@ class Finetuner:
             )
         if self.hold_base_loss:
             baseline = BaselineCurve.constant(last_head_loss(network, held_out, ctx.device, plan))
-        freeze(network, self.train, self.loss)
+        freeze(network, self.train_parts, self.loss)
         if self.gradient_checkpointing:
             network.gradient_checkpointing_enable()
         return fit_mixture(
@@ -187,8 +191,8 @@ class Finetuner:
         return network, tokenizer
 
     def _check_exits(self, network: NviumForCausalLM, folder: Path) -> None:
-        if network.num_exits == 1 and self.train != "all":
-            raise ConfigError(f'{folder} has one exit and no routers; use train = "all"')
+        if network.num_exits == 1 and self.train_parts != "all":
+            raise ConfigError(f'{folder} has one exit and no routers; use train_parts = "all"')
         if self.loss != "final_only" and gates_are_closed(network):
             raise ConfigError(
                 f"the gates of {folder} are closed: their gradient is 0 and they cannot learn",
@@ -231,7 +235,7 @@ class Finetuner:
         )
 
 
-def freeze(network: NviumForCausalLM, train: str, loss: str = "full") -> None:
+def freeze(network: NviumForCausalLM, train_parts: str, loss: str = "full") -> None:
     """Leaves gradients to the trained parameters only.
 
     Parts without any gradient under a loss are frozen, too: several processes would otherwise
@@ -243,7 +247,7 @@ def freeze(network: NviumForCausalLM, train: str, loss: str = "full") -> None:
             "all": loss != "final_only" or not early,
             "exits": early or name.startswith("final_adapter."),
             "routers": early and ".router." in name,
-        }[train]
+        }[train_parts]
         parameter.requires_grad_(trained)
 
 

@@ -121,7 +121,7 @@ _FINETUNING = (
         "log-odds that routers start with; default: -4 for a base, an N-vium keeps its own",
     ),
     Param(
-        "train", "str", "exits",
+        "train_parts", "str", "exits",
         "what learns: the exits over a frozen backbone, the routers alone, or all",
         choices=("exits", "routers", "all"),
     ),
