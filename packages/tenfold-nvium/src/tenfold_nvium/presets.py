@@ -116,9 +116,9 @@ PRESETS: dict[str, Preset] = {
         32, 3, 2, (1, 2), 64, vocab_size=400, context_length=48, steps=40, batch_size=8,
         learning_rate=3e-3, warmup_ratio=0.1, compute_penalty=0.02, tie_word_embeddings=True,
     ),
-    # Two to three minutes on two CPU cores, readable code.
+    # Two minutes on two slow CPU cores: text that looks like code.
     "quickstart": Preset(
-        160, 6, 4, (2, 4), 432, vocab_size=2048, context_length=128, steps=600, batch_size=10,
+        160, 6, 4, (2, 4), 432, vocab_size=2048, context_length=128, steps=360, batch_size=10,
         learning_rate=3e-3, warmup_ratio=0.05, compute_penalty=0.02, adapter_size=80,
         router_intermediate_size=80, tie_word_embeddings=True,
     ),
