@@ -41,6 +41,11 @@ SHAPE: dict[str, Any] = {
 DATA: dict[str, Any] = {
     "unit": "function", "min_chars": 80, "max_chars": 2000, "limit": 12000, "shuffle_seed": SEED,
 }  # fmt: skip
+CONTROL: dict[str, Any] = {
+    "compute_penalty": 0.0, "router_warmup_ratio": 0.3, "controller_gain": 0.002,
+}  # fmt: skip
+"""A run of minutes needs a longer warm-up of the routers, so that deep heads learn at all, and a
+gentler controller: with the defaults every token leaves at the first exit after 200 steps."""
 TRAINERS = {
     "dense": "nvium:pretrain-dense",
     "nvium": "nvium:pretrain",
@@ -55,6 +60,7 @@ def run_file(name: str, steps: int, folder: Path) -> dict[str, Any]:
     trainer["dataset"] = {"use": "core:python-stdlib", **DATA}
     if name == "nvium":
         trainer["controller"] = str((folder / "dense" / "baseline.json").absolute())
+        trainer |= CONTROL
     if name == "layerskip":
         del trainer["exits"]  # its own: every second layer
     return {"schema": "tenfold-run/1", "name": f"pair-{name}", "seed": SEED, "trainer": trainer}
@@ -120,7 +126,8 @@ def report(folder: Path) -> list[str]:
         f"functions of the Python {platform.python_version()} standard library, {plan['steps']} "
         f"steps of {plan['batch_size']} rows of {plan['context_length']} tokens ({tokens:,} "
         f"tokens), fp32, {os.cpu_count()} cores, torch {torch.__version__}. The N-vium's compute "
-        "penalty follows the twin's validation losses (the default controller). Losses are nats "
+        f"penalty follows the twin's validation losses (gains times {CONTROL['controller_gain']}, "
+        f"routers warmed up over {CONTROL['router_warmup_ratio']:.0%} of the steps). Losses are nats "
         f"per token on {len(rows)} rows of held-out modules. Written by `train_pair.py`.",
         "",
         "| model | parameters | validation loss | expected depth |",

@@ -60,6 +60,7 @@ class Finetuner:
         compute_penalty: beta; None: the checkpoint's own.
         router_warmup_ratio: share of the steps with the router warm-up term.
         controller: a baseline curve that beta follows.
+        controller_gain: factor of the controller's gains.
         hold_base_loss: beta follows the last head's validation loss before training instead:
             depth is saved as long as the mixture is no worse than that.
 
@@ -88,6 +89,7 @@ class Finetuner:
         compute_penalty: float | None = None,
         router_warmup_ratio: float = 0.0,
         controller: str | None = None,
+        controller_gain: float = 1.0,
         hold_base_loss: bool = False,
         bf16: bool | None = None,
         gradient_accumulation: int = 1,
@@ -122,6 +124,7 @@ class Finetuner:
         self.exits, self.num_exits, self.gate_init = exits, num_exits, gate_init
         self.train_parts, self.loss = train_parts, loss
         self.head_loss = float(train_parts == "exits") if head_loss is None else head_loss
+        self.controller_gain = controller_gain
         self.steps, self.batch_size, self.context_length = steps, batch_size, context_length
         self.learning_rate = _RATES[train_parts] if learning_rate is None else learning_rate
         self.warmup_ratio, self.weight_decay = warmup_ratio, weight_decay
@@ -164,7 +167,7 @@ class Finetuner:
         return fit_mixture(
             ctx, network, tokenizer, rows, held_out, plan,
             warmup_steps=int(self.steps * self.router_warmup_ratio), baseline=baseline,
-            loss=self.loss, head_loss=self.head_loss,
+            controller_gain=self.controller_gain, loss=self.loss, head_loss=self.head_loss,
         )  # fmt: skip
 
     def _start(self, seed: int) -> tuple[NviumForCausalLM, Any]:

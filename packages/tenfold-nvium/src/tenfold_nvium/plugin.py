@@ -70,16 +70,25 @@ _SHAPE = (
     _preset("weight_decay", "float", "decay of matrices", 0.0),
 )  # fmt: skip
 
+_CONTROLLER = (
+    Param(
+        "controller", "path", None,
+        "baseline.json of a dense run: the penalty then follows the loss against it",
+    ),
+    Param(
+        "controller_gain", "float", 1.0,
+        "factor of the controller's gains; small models in short runs need about 0.01",
+        minimum=0.0,
+    ),
+)  # fmt: skip
+
 _PENALTY = (
     _preset("compute_penalty", "float", "weight of the expected depth in the loss", 0.0),
     Param(
         "router_warmup_ratio", "float", 0.05, "share of the steps with the router warm-up term",
         minimum=0.0, maximum=1.0,
     ),
-    Param(
-        "controller", "path", None,
-        "baseline.json of a dense run: the penalty then follows the loss against it",
-    ),
+    *_CONTROLLER,
 )  # fmt: skip
 
 _TOKENIZER = Param(
@@ -155,10 +164,7 @@ _FINETUNING = (
         "router_warmup_ratio", "float", 0.0, "share of the steps with the router warm-up term",
         minimum=0.0, maximum=1.0,
     ),
-    Param(
-        "controller", "path", None,
-        "baseline.json of a dense run: the penalty then follows the loss against it",
-    ),
+    *_CONTROLLER,
     Param(
         "hold_base_loss", "bool", False,
         "the penalty follows the last head's validation loss before training",

@@ -49,6 +49,8 @@ class Pretrainer:
         router_warmup_ratio: share of the steps with the warm-up term.
         controller: a baseline curve (`baseline.json` of a dense run): beta is then moved after
             every evaluation.
+        controller_gain: factor of the controller's gains. The published ones are for large
+            models, whose losses differ by hundredths; small ones collapse to the first exit.
         dense: train the parameter-matched dense twin instead; it writes `baseline.json`.
         tokenizer: folder of a tokenizer to use, such as another run's checkpoint.
         bf16: compute in bfloat16 with fp32 weights; None: where the hardware does it natively.
@@ -79,6 +81,7 @@ class Pretrainer:
         compute_penalty: float | None = None,
         router_warmup_ratio: float = 0.05,
         controller: str | None = None,
+        controller_gain: float = 1.0,
         dense: bool = False,
         tokenizer: str | None = None,
         bf16: bool | None = None,
@@ -95,7 +98,7 @@ class Pretrainer:
         self.dataset = dataset
         self.shape = _shaped(preset, given, exits)
         self.router_warmup_ratio = router_warmup_ratio
-        self.controller = controller
+        self.controller, self.controller_gain = controller, controller_gain
         self.dense = dense
         self.tokenizer = tokenizer
         self.bf16 = bf16
@@ -126,6 +129,7 @@ class Pretrainer:
         return fit_mixture(
             ctx, network, tokenizer, rows, held_out, plan, warmup_steps=warmup,
             baseline=BaselineCurve.load(self.controller) if self.controller else None,
+            controller_gain=self.controller_gain,
         )  # fmt: skip
 
     def _rows(self, seed: int) -> tuple[Any, PackedRows, PackedRows | None]:
@@ -188,6 +192,7 @@ def fit_mixture(
     *,
     warmup_steps: int,
     baseline: BaselineCurve | None = None,
+    controller_gain: float = 1.0,
     loss: str = "full",
     head_loss: float = 0.0,
 ) -> Checkpoint:
@@ -198,6 +203,7 @@ def fit_mixture(
         rows, held_out: rows for training and evaluation, see `tenfold_nvium.rows`.
         warmup_steps: optimiser steps with the router warm-up term.
         baseline: the curve that beta follows; None keeps `network.compute_penalty`.
+        controller_gain: factor of the controller's gains.
         loss, head_loss: see `NviumLoss`.
 
     Raises:
@@ -209,7 +215,9 @@ def fit_mixture(
     callbacks: list[TrainerCallback] = [phase, curve]
     if baseline is not None:
         baseline.check(facts)
-        penalty = ComputePenaltyController(baseline, beta=network.compute_penalty)
+        penalty = ComputePenaltyController(
+            baseline, beta=network.compute_penalty, gain_scale=controller_gain
+        )
         callbacks.append(PenaltyCallback(network, penalty))
     if network.num_exits > 1:
         callbacks.append(CollapseCallback(network.num_exits, warmup_steps))
