@@ -127,8 +127,8 @@ def report(folder: Path) -> list[str]:
         f"steps of {plan['batch_size']} rows of {plan['context_length']} tokens ({tokens:,} "
         f"tokens), fp32, {os.cpu_count()} cores, torch {torch.__version__}. The N-vium's compute "
         f"penalty follows the twin's validation losses (gains times {CONTROL['controller_gain']}, "
-        f"routers warmed up over {CONTROL['router_warmup_ratio']:.0%} of the steps). Losses are nats "
-        f"per token on {len(rows)} rows of held-out modules. Written by `train_pair.py`.",
+        f"routers warmed up over {CONTROL['router_warmup_ratio']:.0%} of the steps). Losses are "
+        f"nats per token on {len(rows)} rows of held-out modules. Written by `train_pair.py`.",
         "",
         "| model | parameters | validation loss | expected depth |",
         "|---|---:|---:|---:|",

@@ -68,7 +68,10 @@ class FrontierLayer(CacheLayerMixin):
         have = 0 if self.pair is None else self.pair.shape[3]
         size = max(length, 2 * have, _FIRST_CAPACITY)
         # Zeros, not garbage: a masked key has weight 0, and 0 x NaN would still be NaN.
-        new = like.new_zeros((2, self._cache.rows, groups, size, like.shape[-1]))
+        shape = (2, self._cache.rows, groups, size, like.shape[-1])
+        # An ordinary tensor even inside inference mode: later calls may write outside of it.
+        with torch.inference_mode(False):
+            new = torch.zeros(shape, dtype=like.dtype, device=like.device)
         if self.pair is not None:
             new[:, :, :, :have] = self.pair
         self.set_pair(new)
@@ -167,14 +170,11 @@ class NviumCache(Cache):
 
     def check_model(self, config: NviumConfig) -> None:
         """Raises ConfigError when the cache was made for a model of another shape."""
-        mine, other = (
-            (c.num_hidden_layers, c.exit_layers, c.hidden_size, c.num_key_value_heads, c.head_dim)
-            for c in (self.config, config)
-        )
+        mine, other = _shape_of(self.config), _shape_of(config)
         if mine != other:
             raise ConfigError(
-                "this cache belongs to another model: (layers, exits, hidden size, key-value "
-                f"heads, head size) are {mine} in the cache and {other} in the model"
+                "this cache belongs to another model: (layers, hidden size, key-value heads, head "
+                f"size, exits ...) are {mine} in the cache and {other} in the model"
             )
 
     # --- Deferred states ----------------------------------------------------------------------
@@ -251,7 +251,7 @@ class NviumCache(Cache):
     # --- Rows that end ------------------------------------------------------------------------
 
     def start_rows(self) -> None:
-        """All rows go on: a new call of `generate` begins."""
+        """All rows go on: a call of `generate` begins, or is over."""
         self._ended = np.zeros(self.rows, dtype=bool)
         self._frozen = np.zeros(self.rows, dtype=bool)
 
@@ -321,6 +321,8 @@ class NviumCache(Cache):
                 if states.shape[0]:
                     chunks.append((np.full(states.shape[0], new), states))
             self._waiting[m] = chunks
+        if len(self._ended) == self.rows:
+            self._ended, self._frozen = self._ended[order], self._frozen[order]
         self.rows = len(order)
         self.lengths, self.frontier = self.lengths[order], self.frontier[:, order]
         if self.columns is not None:
@@ -351,9 +353,10 @@ class NviumCache(Cache):
         """Empties the cache; the next tokens decide the number of rows."""
         for layer in self.stores:
             layer.reset()
-        self.rows, self.columns = 0, None
+        self.rows, self.columns, self.exit_history = 0, None, []
         self.lengths, self.frontier = self.lengths[:0], self.frontier[:, :0]
         self._waiting = [[] for _ in range(self.segments)]
+        self.start_rows()
 
     # --- Saving -------------------------------------------------------------------------------
 
@@ -361,6 +364,7 @@ class NviumCache(Cache):
         """Everything as named tensors (copies): keys and values up to each frontier, waiting
         states, and the counters."""
         state = {
+            "shape": torch.tensor(_shape_of(self.config)),
             "lengths": torch.tensor(self.lengths),
             "frontier": torch.tensor(self.frontier),
         }
@@ -376,7 +380,17 @@ class NviumCache(Cache):
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Puts a `state_dict` into this cache; it must come from the same configuration."""
+        """Puts a `state_dict` into this cache.
+
+        Raises:
+            ConfigError: it comes from a model of another shape.
+        """
+        if state["shape"].tolist() != _shape_of(self.config):
+            raise ConfigError(
+                "this cache belongs to another model: (layers, hidden size, key-value heads, head "
+                f"size, exits ...) are {state['shape'].tolist()} in the cache and "
+                f"{_shape_of(self.config)} in the model"
+            )
         self.reset()
         self.open_rows(state["lengths"].shape[0])
         self.lengths = state["lengths"].cpu().numpy().copy()
@@ -407,6 +421,13 @@ class NviumCache(Cache):
         cache = cls(config)
         cache.load_state_dict(load_file(path, device=device))
         return cache
+
+
+def _shape_of(config: NviumConfig) -> list[int]:
+    """What a cache must have in common with a model."""
+    sizes = (config.num_hidden_layers, config.hidden_size, config.num_key_value_heads or 0,
+             config.head_dim or 0)  # fmt: skip
+    return [*sizes, *(config.exit_layers or ())]
 
 
 def _pick(states: Tensor, index: np.ndarray) -> Tensor:

@@ -40,6 +40,18 @@ def cached_forward(
     hidden = model.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     cache.check_model(model.config)
     cache.open_rows(hidden.shape[0])
+    limit, longest = model.config.max_position_embeddings, hidden.shape[1] + int(
+        cache.lengths.max(initial=0)
+    )  # fmt: skip
+    if attention_mask is None or attention_mask.dim() != 2:
+        real_length = longest
+    else:
+        real_length = int(attention_mask.sum(-1).max())
+    if min(longest, real_length) > limit:
+        raise ConfigError(
+            f"the text has {min(longest, real_length)} tokens, but the model's context is {limit}; "
+            "shorten the prompt or max_new_tokens"
+        )
     ended, frozen = cache.take_ended()
     real = _new_columns(cache, hidden, attention_mask, frozen)
     cache.push(0, real.nonzero()[:, 0].cpu().numpy(), hidden[real])
@@ -56,7 +68,7 @@ def _new_columns(
     seen = cache.get_seq_length()
     if attention_mask is None:
         real = torch.ones(rows, length, dtype=torch.bool, device=hidden.device)
-    elif attention_mask.dim() == 2:
+    elif isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         real = attention_mask[:, -length:].bool()
     else:
         raise ConfigError(

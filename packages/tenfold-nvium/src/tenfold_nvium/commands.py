@@ -107,6 +107,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    warp_scope: str = "head",
     seed: int = 0,
     max_new_tokens: int = 64,
     max_deferred: int | None = None,
@@ -119,7 +120,10 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if trace is not None and not Path(trace).expanduser().absolute().parent.is_dir():
         raise ConfigError(f"--trace {trace}: there is no such folder")
-    lm = load(checkpoint, policy=policy, max_deferred=max_deferred, device=device, dtype=dtype)
+    lm = load(
+        checkpoint, policy=policy, max_deferred=max_deferred, warp_scope=warp_scope,
+        device=device, dtype=dtype,
+    )  # fmt: skip
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )

@@ -10,11 +10,14 @@ implied.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from tenfold.errors import ConfigError, nearest
 from transformers import PreTrainedConfig
+
+from tenfold_nvium.policies import make_policy
 
 BASE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Base architectures whose decoder layers are supported."""
@@ -176,7 +179,12 @@ def check_exit_layers(exit_layers: Sequence[int], num_layers: int) -> list[int]:
     Raises:
         ConfigError: they are not strictly increasing inside `1..num_layers - 1`.
     """
-    depths = [int(depth) for depth in exit_layers]
+    try:
+        depths = [operator.index(depth) for depth in exit_layers]
+    except TypeError:
+        raise ConfigError(
+            f"exit_layers {exit_layers!r} must be a list of whole numbers of layers, such as [2, 4]"
+        ) from None
     for depth in depths:
         if not 1 <= depth < num_layers:
             raise ConfigError(
@@ -191,6 +199,9 @@ def check_exit_layers(exit_layers: Sequence[int], num_layers: int) -> list[int]:
 
 
 def _check_heads(config: NviumConfig) -> None:
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least 1")
     heads, groups = config.num_attention_heads, config.num_key_value_heads or 1
     if config.head_dim is None and config.hidden_size % heads:
         raise ConfigError(
@@ -235,7 +246,14 @@ def _check_method(config: NviumConfig) -> None:
         raise ConfigError(f"router_num_layers is {config.router_num_layers}; at least 1")
     if config.max_deferred is not None and config.max_deferred < 1:
         raise ConfigError(f"max_deferred is {config.max_deferred}; None or at least 1")
+    for name in ("adapter_size", "compute_penalty", "router_warmup_weight", "loss_chunk_tokens"):
+        if not getattr(config, name) >= 0:
+            raise ConfigError(f"{name} is {getattr(config, name)}; it must be 0 or more")
+    if config.decode_policy != "auto":
+        make_policy(config.decode_policy)
     costs = config.compute_cost
+    if costs is not None and not all(0 < cost <= 1 for cost in costs):
+        raise ConfigError(f"compute_cost {costs} must be numbers above 0, at most 1")
     if costs is not None and len(costs) != len(config.depths):
         raise ConfigError(
             f"compute_cost has {len(costs)} numbers for {len(config.depths)} exits; one each"

@@ -18,7 +18,7 @@ import bisect
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +158,3 @@ class ComputePenaltyController:
         """Continues from a `state_dict`."""
         self.beta = float(state["beta"])
         self.history = [(int(s), float(g), float(b)) for s, g, b in state["history"]]
-
-    def settings(self) -> dict[str, Any]:
-        """Gains and limits, as JSON values, for records."""
-        names = ("k_up", "k_down", "dead_band", "max_step", "min_weight", "max_weight")
-        return {name: asdict(self)[name] for name in (*names, "gain_scale")}

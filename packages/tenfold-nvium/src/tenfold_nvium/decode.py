@@ -20,11 +20,12 @@ from torch import Tensor
 
 from tenfold_nvium.cache import NviumCache
 from tenfold_nvium.cascade import Choice, cascade, embed, flush
+from tenfold_nvium.configuration import NviumConfig
 from tenfold_nvium.layers import SegmentRunner
 from tenfold_nvium.logprobs import ExitRecorder
 from tenfold_nvium.modeling import NviumForCausalLM
 from tenfold_nvium.noise import Noise, PositionNoise
-from tenfold_nvium.policies import ExitPolicy, FullDepth, make_policy
+from tenfold_nvium.policies import ExitPolicy, check_policy, make_policy
 from tenfold_nvium.runner_cache import packed_runner
 from tenfold_nvium.sampling import Warp, draw
 from tenfold_nvium.trace import DecodeTrace, TokenTrace
@@ -125,11 +126,25 @@ class PiggybackDecoder:
                 log-probabilities.
 
         Raises:
-            ConfigError: an empty prompt, or a text longer than the model's context.
+            ConfigError: an empty prompt, a text longer than the model's context, or a policy
+                that does not go with the warping or the model.
         """
-        count, exits = len(prompts), self.model.num_exits
-        limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens
-        cache = self._opened(cache, prompts, limits)
+        exits = self.model.num_exits
+        check_policy(self.policy, exits)
+        if self.policy.certifies and self.warp.temperature != 0:
+            raise ConfigError(
+                "certified decoding proves the mixture's arg-max, which sampling does not take",
+                hint="set temperature to 0, or use the policy sample or auto",
+            )
+        if cache is None:
+            cache = NviumCache(self.model.config)
+        cache.check_model(self.model.config)
+        cache.open_rows(len(prompts))
+        limits = checked_limits(self.model.config, prompts, max_new_tokens, cache.lengths)
+        count = len(prompts)
+        for name, given in (("seeds", seeds), ("noise", noise)):
+            if given is not None and len(given) != count:
+                raise ConfigError(f"{len(given)} {name} for {count} prompts; one each")
         if noise is None:
             seeds = list(range(count)) if seeds is None else seeds
             noise = [PositionNoise(seed, exits) for seed in seeds]
@@ -147,35 +162,6 @@ class PiggybackDecoder:
             for r, row in enumerate(run.rows):
                 row.log_probs = recorder.log_probs(self.model, r, row.tokens).tolist()
         return Decoded(run.rows, cache, run.trace)
-
-    def _opened(
-        self,
-        cache: NviumCache | None,
-        prompts: Sequence[Sequence[int]],
-        limits: Sequence[int],
-    ) -> NviumCache:
-        """The cache to continue, after checking prompts against it and the context."""
-        if cache is None:
-            cache = NviumCache(self.model.config)
-        cache.check_model(self.model.config)
-        cache.open_rows(len(prompts))
-        limit = self.model.config.max_position_embeddings
-        for r, (prompt, new) in enumerate(zip(prompts, limits, strict=True)):
-            if not prompt:
-                raise ConfigError(
-                    f"prompt {r} is empty; give at least one token (such as the model's "
-                    "beginning- or end-of-text token)"
-                )
-            # The last new token is drawn but never read, so it needs no position.
-            cached = int(cache.lengths[r])
-            needed = cached + len(prompt) + new - 1
-            if needed > limit:
-                raise ConfigError(
-                    f"prompt {r} needs {needed} positions ({cached} cached + "
-                    f"{len(prompt)} prompt + {new} new - 1), but the model's context is {limit}; "
-                    "shorten the prompt or max_new_tokens"
-                )
-        return cache
 
     def _step(
         self,
@@ -304,7 +290,7 @@ def recompute(
         output = model(
             torch.tensor([text], device=model.device), logits_to_keep=1, output_exit_logits=True
         )
-        odds = output.gate_log_odds[0, -1].double().numpy()
+        odds = output.gate_log_odds[0, -1].double().cpu().numpy()
         last = len(odds)
         scores: Tensor = output.logits[:, -1]
         chosen = last
@@ -326,8 +312,40 @@ def recompute(
     return row
 
 
-def full_depth_policy(policy: ExitPolicy, warp: Warp, scope: str) -> ExitPolicy:
-    """`FullDepth` when warping must apply to the whole mixture, else the policy itself."""
-    if scope == "mixture" and warp.changes_distribution and not policy.certifies:
-        return FullDepth()
-    return policy
+def checked_limits(
+    config: NviumConfig,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int],
+    cached: Sequence[int] | np.ndarray | None = None,
+) -> list[int]:
+    """One limit of new tokens per prompt; `cached` counts the tokens that come before each.
+
+    Raises:
+        ConfigError: an empty prompt, a token outside the vocabulary, a text longer than the
+            model's context, or limits for another number of prompts.
+    """
+    one = isinstance(max_new_tokens, int)
+    limits = [max_new_tokens] * len(prompts) if one else list(max_new_tokens)
+    if len(limits) != len(prompts):
+        raise ConfigError(f"{len(limits)} limits of new tokens for {len(prompts)} prompts")
+    context = config.max_position_embeddings
+    for r, (prompt, new) in enumerate(zip(prompts, limits, strict=True)):
+        if not prompt:
+            raise ConfigError(
+                f"prompt {r} is empty; give at least one token (such as the model's "
+                "beginning- or end-of-text token)"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise ConfigError(
+                f"prompt {r} has a token outside the vocabulary of {config.vocab_size}"
+            )
+        before = 0 if cached is None else int(cached[r])
+        # The last new token is drawn but never read, so it needs no position.
+        needed = before + len(prompt) + new - 1
+        if needed > context:
+            raise ConfigError(
+                f"prompt {r} needs {needed} positions ({before} cached + {len(prompt)} prompt + "
+                f"{new} new - 1), but the model's context is {context}; shorten the prompt or "
+                "max_new_tokens"
+            )
+    return limits

@@ -110,9 +110,12 @@ class NviumRouter(nn.Module):
         """`s_k [...]` in fp32 or wider, from `n_k [..., H]`."""
         for block in self.blocks:
             normed = block(normed)
-        logits = self.head(normed)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return (logits[..., EXIT] - logits[..., CONTINUE]) / self.temperature
+        # The difference in fp32 or wider: rounded logits of a half-precision head lose the odds.
+        with torch.autocast(normed.device.type, enabled=False):
+            kind = torch.promote_types(self.head.weight.dtype, torch.float32)
+            weight, bias = self.head.weight.to(kind), self.head.bias.to(kind)
+            odds = F.linear(normed.to(kind), weight[EXIT] - weight[CONTINUE])
+            return (odds + (bias[EXIT] - bias[CONTINUE])) / self.temperature
 
 
 class NviumExit(nn.Module):

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from tenfold.errors import ConfigError
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin, StoppingCriteriaList
 
 from tenfold_nvium.cache import NviumCache
-from tenfold_nvium.policies import ExitPolicy, make_policy
+from tenfold_nvium.policies import ExitPolicy, check_policy, make_policy
 from tenfold_nvium.runner_cache import packed_runner
 
 if TYPE_CHECKING:
@@ -67,11 +68,21 @@ class RoutedGenerationMixin(GenerationMixin):
             asked, bool(generation_config.do_sample), bool(logits_processor), synced_gpus
         )
         cache = model_kwargs.get("past_key_values")
-        if not synced_gpus:
+        if generation_config.output_attentions:
+            raise ConfigError("output_attentions: N-vium's layers do not return attention maps")
+        if generation_config.output_hidden_states:
+            policy = None  # all layers of every token: the ordinary cache does it
+            if asked is not None or isinstance(cache, NviumCache):
+                raise ConfigError(
+                    "output_hidden_states needs every layer of every token; leave decode_policy "
+                    "and the NviumCache out"
+                )
+        elif not synced_gpus:
             cache = self._own_cache(cache, asked)
         if isinstance(cache, NviumCache):
             model_kwargs |= {"past_key_values": cache, "decode_policy": policy}
             cache.start_rows()
+            cache.exit_history = []
             if any(hasattr(c, "eos_token_id") for c in stopping_criteria):
                 stopping_criteria = WatchedStopping(stopping_criteria, cache)
         parent: Any = super()
@@ -85,11 +96,31 @@ class RoutedGenerationMixin(GenerationMixin):
         finally:
             if isinstance(cache, NviumCache):
                 cache.runner = None
+                cache.start_rows()
+
+    def _assisted_decoding(self, *arguments: Any, **keywords: Any) -> Any:
+        """Assisted generation (`_assisted_decoding` of transformers), at full depth.
+
+        Raises:
+            ConfigError: the cache holds tokens already; transformers 5.23 then writes another
+                text than without assistance, for its own models too.
+        """
+        cache = keywords.get("past_key_values")
+        if isinstance(cache, Cache) and cache.get_seq_length():
+            raise ConfigError(
+                "assisted generation cannot continue a cache: transformers takes the wrong "
+                "positions from it",
+                hint="leave past_key_values out, or continue without assistance",
+            )
+        parent: Any = super()
+        return parent._assisted_decoding(*arguments, **keywords)
 
     def _packs(self) -> bool:
         """Whether to decode from packed copies of the weights: not in a training loop, whose
-        weights change after every call."""
-        return bool(getattr(self, "config").packed_decoding) and not getattr(self, "training")  # noqa: B009
+        weights change after every call, nor under autocast, which casts them itself."""
+        model: Any = self
+        autocast = torch.is_autocast_enabled(model.device.type)
+        return bool(model.config.packed_decoding) and not model.training and not autocast
 
     def _policy(
         self, asked: Any, samples: bool, edits_scores: bool, synced: bool
@@ -105,6 +136,7 @@ class RoutedGenerationMixin(GenerationMixin):
                     hint='gather the weights first, or generate with decode_policy="full"',
                 )
             policy = make_policy(wanted)
+            check_policy(policy, config.num_exits)
             if policy.certifies and (samples or edits_scores):
                 raise ConfigError(
                     "certified decoding proves the mixture's arg-max; it goes with greedy search "
@@ -128,5 +160,10 @@ class RoutedGenerationMixin(GenerationMixin):
             raise ConfigError(
                 "decode_policy defers tokens, which needs an NviumCache; leave past_key_values "
                 "out or pass an NviumCache, and keep use_cache on"
+            )
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise ConfigError(
+                f"a {type(cache).__name__} cannot hold N-vium's deferred tokens",
+                hint="leave cache_implementation out, or pass a DynamicCache for full depth",
             )
         return cache

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from tenfold.errors import ConfigError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -115,6 +116,10 @@ class NviumPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The module's state without packed copies of its weights."""
+        return {name: value for name, value in self.__dict__.items() if name != ATTRIBUTE}
+
     def layer_states(
         self,
         input_ids: Tensor | None = None,
@@ -153,6 +158,9 @@ class NviumPreTrainedModel(PreTrainedModel):
                 allowed = attention_mask_for(self.config, allowed, hidden.dtype)
         else:
             pattern = causal_pattern(attention_mask, length, seen + length)
+            if pattern is None and length > 1 and self.config._attn_implementation == "eager":
+                # Only sdpa knows the plain causal case without a mask.
+                pattern = torch.ones(1, 1, length, seen + length, dtype=torch.bool).tril(seen)
             pattern = pattern if pattern is None else pattern.to(hidden.device)
             allowed = attention_mask_for(self.config, pattern, hidden.dtype)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
@@ -180,10 +188,6 @@ class NviumForCausalLM(NviumPreTrainedModel, RoutedGenerationMixin):
         self.loss_phase = "main"
         self.compute_penalty = float(config.compute_penalty)
         self.post_init()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The module's state without packed copies of its weights."""
-        return {name: value for name, value in self.__dict__.items() if name != ATTRIBUTE}
 
     # --- Exits ------------------------------------------------------------------------------
 
@@ -244,6 +248,12 @@ class NviumForCausalLM(NviumPreTrainedModel, RoutedGenerationMixin):
         own = self._exit(k).head if k < len(self.exits) else None
         if own is not None:
             return own.weight
+        if type(self.lm_head) is not nn.Linear:
+            raise ConfigError(
+                f"lm_head is a {type(self.lm_head).__name__}, but every exit multiplies with its "
+                "plain weight, so what was put around it would be ignored",
+                hint="leave lm_head out of LoRA targets and of quantisation",
+            )
         if k < len(self.exits) and self.config.exit_head_tying == "embeddings":
             return self.model.embed_tokens.weight
         return self.lm_head.weight
@@ -316,9 +326,19 @@ class NviumForCausalLM(NviumPreTrainedModel, RoutedGenerationMixin):
                 from the chosen exit of each row's last token, `[B, 1, V]`.
         """
         routed = decode_policy is not None
-        if use_cache and past_key_values is None:
+        extras = {
+            "labels": labels is not None,
+            "output_hidden_states": bool(output_hidden_states),
+            "output_exit_logits": bool(output_exit_logits),
+        }
+        if use_cache and past_key_values is None and not (any(extras.values()) or self.training):
             past_key_values = NviumCache(self.config)
         if isinstance(past_key_values, NviumCache):
+            if refused := [name for name, given in extras.items() if given]:
+                raise ConfigError(
+                    f"{refused[0]} does not go with an NviumCache, whose upper layers may wait; "
+                    "leave past_key_values out, or pass a DynamicCache"
+                )
             from tenfold_nvium.cached import cached_forward
 
             output = cached_forward(

@@ -102,6 +102,10 @@ class FixedExit(ExitPolicy):
     name: ClassVar[str] = "fixed"
     exit_index: int = 0
 
+    def __post_init__(self) -> None:
+        if self.exit_index < 0:
+            raise ConfigError(f"fixed:{self.exit_index + 1}: exits are counted from 1")
+
     def leaves(self, exit_index: int, log_odds: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         """Whether this is the exit."""
         return np.full(len(log_odds), exit_index == self.exit_index)
@@ -178,3 +182,11 @@ def make_policy(policy: str | ExitPolicy) -> ExitPolicy:
     except ValueError:
         pass
     raise ConfigError(f"decode policy {policy!r}: {argument!r} is no argument for {name!r}")
+
+
+def check_policy(policy: ExitPolicy, num_exits: int) -> None:
+    """Raises ConfigError for a fixed exit that a model of so many exits does not have."""
+    if isinstance(policy, FixedExit) and policy.exit_index >= num_exits:
+        raise ConfigError(
+            f"exit {policy.exit_index + 1} does not exist; the model has {num_exits} exits"
+        )

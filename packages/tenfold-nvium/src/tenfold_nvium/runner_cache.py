@@ -33,7 +33,11 @@ def packed_runner(model: NviumForCausalLM) -> SegmentRunner:
 
 @torch.no_grad()
 def fingerprint(model: NviumForCausalLM) -> tuple[object, ...]:
-    """Place, type and sum of every weight."""
+    """Place, type and sum of every weight, and the routers' temperature."""
     weights = list(model.parameters())
-    sums = torch.stack([w.sum(dtype=torch.float64).cpu() for w in weights]).tolist()
-    return tuple((w.data_ptr(), w.dtype, s) for w, s in zip(weights, sums, strict=True))
+    sums: dict[torch.device, list[torch.Tensor]] = {}
+    for weight in weights:
+        sums.setdefault(weight.device, []).append(weight.sum(dtype=torch.float64))
+    values = [value for part in sums.values() for value in torch.stack(part).tolist()]
+    places = [(weight.data_ptr(), weight.dtype) for weight in weights]
+    return (*places, *values, model.config.router_temperature)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tenfold.capabilities import Context, Dataset, Prompt
 from tenfold.errors import ConfigError
 from tenfold.records import GenerationConfig, ItemResult, Metric, Metrics, WorkItem, WorkItems
+from tenfold.seeds import content_hash, derive
 from tenfold.stats import bootstrap, median
 
 from tenfold_nvium.exactness import prompt_of
@@ -177,7 +178,8 @@ def _generate(model: Any, prompt: Prompt, config: GenerationConfig) -> tuple[flo
 
 def _inside(model: NviumLM, ids: Sequence[int], config: GenerationConfig) -> dict[str, Any]:
     """Depth and blocks of the same text, and the cost of segments measured now."""
-    trace = model.trace(ids, config).trace
+    own = derive(config.seed or 0, content_hash(list(ids)), 0)  # the seed `generate` gives it
+    trace = model.trace(ids, replace(config, seed=own)).trace
     network = model.model
     room = network.config.max_position_embeddings
     widths = [w for w in WIDTHS if w <= max(1, room // 4)]
@@ -195,9 +197,10 @@ def _inside(model: NviumLM, ids: Sequence[int], config: GenerationConfig) -> dic
 
 
 def _rate(rows: Sequence[_Row], role: str) -> float:
-    """Decoded tokens per second over prompts."""
-    seconds = sum(row.times[role].decoding for row in rows)
-    return sum(row.times[role].tokens for row in rows) / seconds
+    """Decoded tokens per second over prompts; texts that ended at once decode nothing."""
+    timed = [row.times[role] for row in rows if row.times[role].tokens]
+    seconds = sum(times.decoding for times in timed)
+    return sum(times.tokens for times in timed) / seconds if timed else 0.0
 
 
 def _role_metrics(rows: Sequence[_Row], role: str) -> Iterator[Metric]:
@@ -225,6 +228,11 @@ def _role_metrics(rows: Sequence[_Row], role: str) -> Iterator[Metric]:
 
 
 def _speedups(rows: Sequence[_Row], role: str, baseline: str) -> Iterator[Metric]:
+    """Ratios of rates, over prompts that both models decoded something for."""
+    rows = [row for row in rows if row.times[role].tokens and row.times[baseline].tokens]
+    if not rows:
+        return
+
     def ratio(part: Sequence[_Row]) -> float:
         return _rate(part, role) / _rate(part, baseline)
 

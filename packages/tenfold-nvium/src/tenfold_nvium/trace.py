@@ -121,6 +121,7 @@ class DecodeTrace:
             replace(t, start=t.start + offset, end=t.end + offset) for t in later.tokens
         ]
         self.launches = [a + b for a, b in zip(self.launches, later.launches, strict=True)]
+        self.blocks = [a + b for a, b in zip(self.blocks, later.blocks, strict=True)]
         self.flushes += later.flushes
         if self.tokens and offset:
             self.decode_s += later.prefill_s + later.decode_s

@@ -15,8 +15,9 @@ from tenfold.lm.plan import TrainingPlan
 from tenfold.lm.tokenizer import train_bpe
 from tenfold.lm.training import fit_causal_lm
 from tenfold.records import Checkpoint, Metric
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
+from tenfold_nvium.checkpoints import read_tokenizer
 from tenfold_nvium.controller import BaselineCurve, ComputePenaltyController
 from tenfold_nvium.modeling import NviumForCausalLM
 from tenfold_nvium.presets import Preset, dense_twin, preset
@@ -135,7 +136,7 @@ class Pretrainer:
     def _rows(self, seed: int) -> tuple[Any, PackedRows, PackedRows | None]:
         """Tokenizer, training rows, held-out rows."""
         tokenizer = (
-            AutoTokenizer.from_pretrained(self.tokenizer, local_files_only=True)
+            read_tokenizer(Path(self.tokenizer).expanduser())
             if self.tokenizer
             else train_bpe(texts_of(self.dataset.load()), self.shape.vocab_size)
         )

@@ -86,6 +86,12 @@ class PenaltyCallback(TrainerCallback):
             nll = float(metrics["eval_loss"])
             self.model.compute_penalty = self.controller.step(state.global_step, nll)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leaves the last beta in the configuration, for whoever continues the checkpoint."""
+        self.model.config.compute_penalty = self.controller.beta
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -18,7 +18,7 @@ import torch
 from tenfold.seeds import derive
 
 from tenfold_nvium.decode import PiggybackDecoder
-from tenfold_nvium.exactness import Exactness
+from tenfold_nvium.exactness import Exactness, exactness_decoder
 from tenfold_nvium.modeling import NviumForCausalLM
 
 MOST_TEXTS = 4096
@@ -64,7 +64,7 @@ def verify(
         network = copy.deepcopy(network).to(torch.float64).eval()
     limit = (1e-8 if float64 else 1e-3) if tolerance is None else tolerance
     checker = Exactness(max_new_tokens=max_new_tokens, policy=policy)
-    decoder = PiggybackDecoder(network, policy, max_deferred=max_deferred)
+    decoder = exactness_decoder(network, policy, max_deferred)
     most = max(1, network.config.max_position_embeddings // 2)
     rows = []
     for i, ids in enumerate([*prompts, *random_prompts(network, num_prompts, seed)]):

@@ -30,7 +30,6 @@ from tenfold_nvium.baselines.configuration import check_choice
 from tenfold_nvium.baselines.loop import (
     ExitDecoded,
     Writer,
-    checked_limits,
     own_log_probs,
     synchronized,
 )
@@ -39,7 +38,7 @@ from tenfold_nvium.baselines.propagation import Propagator
 from tenfold_nvium.block import Block
 from tenfold_nvium.cache import NviumCache
 from tenfold_nvium.cascade import embed
-from tenfold_nvium.decode import Stop
+from tenfold_nvium.decode import Stop, checked_limits
 from tenfold_nvium.layers import SegmentRunner
 from tenfold_nvium.noise import PositionNoise
 from tenfold_nvium.runner_cache import packed_runner

@@ -32,7 +32,6 @@ from torch import Tensor
 from tenfold_nvium.baselines.loop import (
     ExitDecoded,
     Writer,
-    checked_limits,
     own_log_probs,
     synchronized,
 )
@@ -40,7 +39,7 @@ from tenfold_nvium.baselines.modeling import LayerSkipForCausalLM
 from tenfold_nvium.baselines.speculation import kept_prefix, verify_greedy, verify_sampled
 from tenfold_nvium.cache import NviumCache
 from tenfold_nvium.cascade import run_segment
-from tenfold_nvium.decode import Stop
+from tenfold_nvium.decode import Stop, checked_limits
 from tenfold_nvium.layers import SegmentRunner
 from tenfold_nvium.modeling import NviumForCausalLM
 from tenfold_nvium.noise import PositionNoise

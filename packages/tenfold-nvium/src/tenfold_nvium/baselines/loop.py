@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from tenfold.errors import ConfigError
 from torch import Tensor
 
-from tenfold_nvium.configuration import NviumConfig
 from tenfold_nvium.decode import DecodedRow, Stop
 from tenfold_nvium.mixture import in_full_precision
 from tenfold_nvium.trace import DecodeTrace, TokenTrace
@@ -44,33 +42,6 @@ class Decodes(Protocol):
     ) -> Any:
         """A result with `rows` (of `DecodedRow`) and `trace` (a `DecodeTrace`)."""
         ...
-
-
-def checked_limits(
-    config: NviumConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]
-) -> list[int]:
-    """One limit of new tokens per prompt.
-
-    Raises:
-        ConfigError: an empty prompt, or a text longer than the model's context.
-    """
-    one = isinstance(max_new_tokens, int)
-    limits = [max_new_tokens] * len(prompts) if one else list(max_new_tokens)
-    context = config.max_position_embeddings
-    for r, (prompt, new) in enumerate(zip(prompts, limits, strict=True)):
-        if not prompt:
-            raise ConfigError(
-                f"prompt {r} is empty; give at least one token (such as the model's "
-                "beginning- or end-of-text token)"
-            )
-        # The last new token is drawn but never read, so it needs no position.
-        needed = len(prompt) + new - 1
-        if needed > context:
-            raise ConfigError(
-                f"prompt {r} needs {needed} positions ({len(prompt)} prompt + {new} new - 1), "
-                f"but the model's context is {context}; shorten the prompt or max_new_tokens"
-            )
-    return limits
 
 
 def own_log_probs(scores: Tensor, tokens: Tensor) -> list[Any]:
