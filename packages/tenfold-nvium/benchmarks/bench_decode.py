@@ -98,7 +98,7 @@ def ours(decoder: Any) -> Decode:
 
 def by_transformers(model: Any, **settings: Any) -> Decode:
     """`generate` of transformers; plain sampling unless the settings say otherwise."""
-    settings = {"do_sample": True, "top_k": 0, "pad_token_id": 0} | settings
+    settings = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "use_cache": True} | settings
 
     def decode(prompt: list[int], new: int, seed: int) -> tuple[int, Any]:
         torch.manual_seed(seed)

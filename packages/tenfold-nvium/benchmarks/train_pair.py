@@ -137,7 +137,7 @@ def report(folder: Path) -> list[str]:
         "",
         f"Gap {mean(gaps):+.3f} nats (95 % bootstrap over rows: {low:+.3f} to {high:+.3f}; below 0 "
         "the N-vium is better). Data and parameters match, compute does not: in training the "
-        "N-vium evaluates four heads, and its early heads are also four more training signals. "
+        "N-vium evaluates four heads, and its early heads are three more training signals. "
         "One seed, a short training: both models still improve.",
         "",
         "## Validation loss by step",

@@ -332,7 +332,7 @@ def test_verify_notices_a_sampler_of_another_distribution(letters, call, monkeyp
     bad = verify.sampled_texts(Truncated(network), 3, 3000, 0)
     assert verify.chi_square(good, expected) > 0.001
     assert verify.chi_square(bad, expected) < 1e-6
-    monkeypatch.setattr(verify, "PiggybackDecoder", Truncated)
+    monkeypatch.setattr(exactness, "PiggybackDecoder", Truncated)
     code, out, _ = call("verify", letters, "--num-prompts", 0)
     assert code == 1
     assert "sampled texts" in out

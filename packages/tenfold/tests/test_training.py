@@ -82,6 +82,8 @@ def test_training_lowers_the_loss_and_leaves_a_checkpoint(whole):
     assert any("loss" in fields for fields in bar.fields)
     assert [f["step"] for e, f in ctx.events if "loss" in f] == list(range(1, 9))
     assert not any("runtime" in key for row in log(folder) for key in row)
+    # Training goes without a key-value cache; whoever loads the checkpoint wants one.
+    assert json.loads((checkpoint.path / "config.json").read_text())["use_cache"]
 
 
 def test_equal_trainings_are_equal(whole, tmp_path):

@@ -44,6 +44,7 @@ class Block:
         self.width = int(widths.max())
         self.size = int(widths.sum())
         self.whole = len(rows) == cache_rows
+        self._mask: Tensor | None = None
 
     @cached_property
     def row_of(self) -> np.ndarray:
@@ -82,17 +83,27 @@ class Block:
     def _row_index(self) -> Tensor:
         return self._index(self.rows)
 
-    @cached_property
-    def mask(self) -> Tensor | None:
-        """Who may look at whom, `[b, 1, w, S]` boolean; None when plain (causal) attention
-        does it."""
-        same = bool((self.starts == self.start).all()) and self.size == len(self.rows) * self.width
-        if same and (self.width == 1 or self.start == 0):
-            return None
+    @property
+    def causal(self) -> bool:
+        """Whether plain causal attention (or none, for single queries) is what the block needs."""
+        full = self.size == len(self.rows) * self.width
+        same = full and bool((self.starts == self.start).all())
+        return same and (self.width == 1 or self.start == 0)
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to scores `[b, 1, w, S]`: 0, or minus infinity for keys that a query may
+        not look at; None when `causal` says it all. Made once for all layers of a segment."""
+        if self._mask is None and not self.causal:
+            self._mask = self._made_mask(dtype)
+        return self._mask
+
+    def _made_mask(self, dtype: torch.dtype) -> Tensor:
         keys = torch.arange(self.length, device=self.device)
-        starts = self._index(self.starts)
-        queries = starts[:, None] + torch.arange(self.width, device=self.device)
-        return (keys <= queries[..., None])[:, None]
+        queries = self._index(self.starts)[:, None] + torch.arange(self.width, device=self.device)
+        hidden = (keys > queries[..., None])[:, None]
+        return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(
+            hidden, -torch.inf
+        )
 
     def _index(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
@@ -136,6 +147,7 @@ class SoloBlock(Block):
         self.start, self.width, self.size = start, width, width
         self.length = start + width
         self.rows = FIRST_ROW
+        self._mask = None
 
     @cached_property
     def starts(self) -> np.ndarray:  # type: ignore[override]
@@ -152,13 +164,15 @@ class SoloBlock(Block):
         """See `Block`."""
         return np.zeros(self.width, dtype=np.int64)
 
-    @cached_property
-    def mask(self) -> Tensor | None:
+    @property
+    def causal(self) -> bool:
         """See `Block`."""
-        if self.width == 1 or self.start == 0:
-            return None
-        keys = torch.arange(self.length, device=self.device)
-        return (keys <= keys[self.start :, None])[None, None]
+        return self.width == 1 or self.start == 0
+
+    def _made_mask(self, dtype: torch.dtype) -> Tensor:
+        shape = (1, 1, self.width, self.length)
+        full = torch.full(shape, -torch.inf, dtype=dtype, device=self.device)
+        return full.triu_(self.start + 1)
 
     def pick(self, table: Tensor) -> Tensor:
         """See `Block`."""

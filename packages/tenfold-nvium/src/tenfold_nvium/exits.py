@@ -110,12 +110,14 @@ class NviumRouter(nn.Module):
         """`s_k [...]` in fp32 or wider, from `n_k [..., H]`."""
         for block in self.blocks:
             normed = block(normed)
-        # The difference in fp32 or wider: rounded logits of a half-precision head lose the odds.
+        # In fp32 or wider: logits rounded to half precision lose the odds.
         with torch.autocast(normed.device.type, enabled=False):
-            kind = torch.promote_types(self.head.weight.dtype, torch.float32)
-            weight, bias = self.head.weight.to(kind), self.head.bias.to(kind)
-            odds = F.linear(normed.to(kind), weight[EXIT] - weight[CONTINUE])
-            return (odds + (bias[EXIT] - bias[CONTINUE])) / self.temperature
+            weight, bias = self.head.weight, self.head.bias
+            if weight.dtype in (torch.float32, torch.float64):
+                logits = self.head(normed.to(weight.dtype))
+            else:
+                logits = F.linear(normed.float(), weight.float(), bias.float())
+            return (logits[..., EXIT] - logits[..., CONTINUE]) / self.temperature
 
 
 class NviumExit(nn.Module):

@@ -55,12 +55,13 @@ class Heads:
         pair = store.room_for(block, self.groups, qkv)
         states = qkv[:, self.queries :].view(block.size, 2, self.groups, self.size)
         keys, values = block.store(pair, states)
+        mask = block.mask(qkv.dtype)
         mixed = F.scaled_dot_product_attention(
             block.to_grid(qkv[:, : self.queries]),
             keys,
             values,
-            block.mask,
-            is_causal=block.mask is None and block.width > 1,
+            mask,
+            is_causal=mask is None and block.width > 1,
             scale=self.scale,
             enable_gqa=self.queries != self.groups,
         )

@@ -88,28 +88,28 @@ def fit_causal_lm(
     with (
         ctx.progress("training", plan.steps, "steps") as bar,
         interruption.listening(),
-        _training_mode(model),
         quiet(),
         _clear_failures(states),
     ):
-        trainer = PlanTrainer(
-            model=model,
-            args=_arguments(ctx, plan, states, rows, eval_dataset is not None),
-            train_dataset=RowStream(packed_dataset, plan.steps * plan.batch_size, plan.seed),
-            eval_dataset=eval_dataset,
-            data_collator=Collator(_pad_id(tokenizer)),
-            loss_function=compute_loss,
-            callbacks=[*callbacks, HostCallback(ctx, bar, interruption)],
-        )
-        # What it prints goes to the host instead.
-        trainer.remove_callback(transformers.PrinterCallback)
-        _check_world_size(ctx, trainer.accelerator.num_processes)
-        state = latest_state(states)
-        trainer.train(resume_from_checkpoint=None if state is None else str(state))
-        if interruption.requested and trainer.state.global_step < plan.steps:
-            raise KeyboardInterrupt
-        if eval_dataset is not None and not _evaluated_at_end(trainer):
-            trainer.evaluate()
+        with _training_mode(model):
+            trainer = PlanTrainer(
+                model=model,
+                args=_arguments(ctx, plan, states, rows, eval_dataset is not None),
+                train_dataset=RowStream(packed_dataset, plan.steps * plan.batch_size, plan.seed),
+                eval_dataset=eval_dataset,
+                data_collator=Collator(_pad_id(tokenizer)),
+                loss_function=compute_loss,
+                callbacks=[*callbacks, HostCallback(ctx, bar, interruption)],
+            )
+            # What it prints goes to the host instead.
+            trainer.remove_callback(transformers.PrinterCallback)
+            _check_world_size(ctx, trainer.accelerator.num_processes)
+            state = latest_state(states)
+            trainer.train(resume_from_checkpoint=None if state is None else str(state))
+            if interruption.requested and trainer.state.global_step < plan.steps:
+                raise KeyboardInterrupt
+            if eval_dataset is not None and not _evaluated_at_end(trainer):
+                trainer.evaluate()
         record = {**_record(ctx, plan, trainer), "identity": identity}
         _save(ctx, trainer, tokenizer, record, target)
     if interruption.requested:
