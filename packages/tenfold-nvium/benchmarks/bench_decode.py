@@ -199,6 +199,8 @@ Random weights, all gates at the same probability g (0: closed), 3 early exits. 
 model of `speed_model`, measured in the same process: segments alone on the blocks that really
 occurred, plus one head per token. *own dense*: the same loop on the dense model of the same MLP;
 *matched*: of as many parameters (wider MLP). *transformers*: `generate` of the matched model.
+A limit reached above 1 means that segments timed alone, between blocks of other widths,
+found colder caches than in decoding.
 
 | shape | g | mean depth d | 1/d | ms/token | limit ms | limit reached | × own dense | × matched \
 | × transformers |

@@ -31,7 +31,7 @@ CHUNKS = (1024, 0)
 """Tokens whose logits exist at once in the loss; 0 is all of them."""
 FULL = {
     "hidden_size": 256, "layers": 8, "heads": 4, "vocab_size": 32000, "rows": 8, "length": 256,
-    "steps": 4, "repeats": 3,
+    "steps": 3, "repeats": 2,
 }  # fmt: skip
 QUICK = {
     "hidden_size": 32, "layers": 8, "heads": 2, "vocab_size": 2000, "rows": 2, "length": 32,

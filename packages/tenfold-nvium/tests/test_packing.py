@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from nvium_cases import tiny_model
+from tenfold_nvium import packing
 from tenfold_nvium.decode import PiggybackDecoder
 from tenfold_nvium.exit_runners import ModuleExit, PackedExit, module_exits, packed_exits
 from tenfold_nvium.exits import NviumRMSNorm
@@ -23,7 +24,11 @@ TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize(("inputs", "outputs"), [(12, 40), (40, 12)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_packed_linear_is_the_linear_layers_side_by_side(dtype, width, inputs, outputs, bias):
+@pytest.mark.parametrize("blocked", [True, False])
+def test_packed_linear_is_the_linear_layers_side_by_side(
+    dtype, width, inputs, outputs, bias, blocked, monkeypatch
+):
+    monkeypatch.setattr(packing, "_BLOCKED_SIZE", 0 if blocked else 1 << 40)
     torch.manual_seed(0)
     layers = [nn.Linear(inputs, outputs, bias=bias, dtype=dtype) for _ in range(2)]
     x, scale = torch.randn(width, inputs, dtype=dtype), torch.rand(inputs, dtype=dtype)

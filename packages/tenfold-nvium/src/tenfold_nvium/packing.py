@@ -1,9 +1,9 @@
 """Weights laid out for decoding: matrices that multiply one token, or a few, at a time.
 
-A decoding step is bound by reading weights, so the layout decides. Measured on CPU (fp32, MKL and
-oneDNN, see `benchmarks/decode.md`): a vector times a matrix with more columns than rows runs up to
-twice as fast from the transposed matrix, and blocks of 2 to 16 tokens up to twice as fast from
-oneDNN's blocked layout. Copies are made once; they do not follow later changes of the weights.
+A decoding step is bound by reading weights, so the layout decides (`benchmarks/layouts.md`, CPU,
+fp32): a vector times a matrix with more columns than rows runs faster from the transposed matrix,
+and blocks of a few tokens from oneDNN's blocked layout, where matrices are large. Copies are made
+once; they do not follow later changes of the weights.
 
 Shapes: `n` tokens, `I` inputs, `O` outputs.
 """
@@ -20,6 +20,8 @@ from tenfold_nvium.exits import NviumRMSNorm
 
 _BLOCKED_WIDTHS = range(2, 17)
 """Numbers of tokens that the blocked layout is used for; wider products are not bound by memory."""
+_BLOCKED_SIZE = 1 << 19
+"""Weights that a matrix must have for it; below, calling oneDNN costs more than it saves."""
 _BLOCKED_HINT = 4
 """Width that the blocked layout is made for."""
 
@@ -75,6 +77,8 @@ def _blocked(weight: Tensor) -> Any:
     """A copy in oneDNN's blocked layout, or None where there is none (other devices, number
     types, and builds of torch)."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    if weight.numel() < _BLOCKED_SIZE:
         return None
     if not torch.backends.mkldnn.is_available():
         return None
