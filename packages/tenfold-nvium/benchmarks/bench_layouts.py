@@ -14,12 +14,14 @@ import platform
 from pathlib import Path
 
 import torch
-from bench_decode import shaped
 from tenfold_nvium import packing
+from tenfold_nvium.configuration import NviumConfig
 from tenfold_nvium.layers import SegmentRunner
 from tenfold_nvium.modeling import NviumForCausalLM
 from tenfold_nvium.speed_model import SpeedModel, measure, merged
 
+SHAPES = {"h256-l12": (256, 12, 4, 688), "h512-l24": (512, 24, 8, 1368)}
+"""Width, layers, heads, MLP."""
 WIDTHS = (1, 2, 4, 8, 16)
 NEVER = 1 << 62
 ROUNDS = 3
@@ -37,7 +39,7 @@ def runner(model: NviumForCausalLM, blocked_from: int | None) -> SegmentRunner:
 def main() -> None:
     """Measures both shapes and writes the table."""
     torch.set_num_threads(1)
-    heads = " | ".join(f"{w} token{'s' if w > 1 else ''}" for w in WIDTHS)
+    columns = " | ".join(f"{w} token{'s' if w > 1 else ''}" for w in WIDTHS)
     lines = [
         "# Layouts of weights",
         "",
@@ -46,12 +48,17 @@ def main() -> None:
         f"medians, {ROUNDS} rounds in turns. `PackedLinear` keeps blocked copies of matrices of "
         f"{packing._BLOCKED_SIZE:,} weights and more. Written by `bench_layouts.py`.",
         "",
-        f"| shape | layout | {heads} |",
+        f"| shape | layout | {columns} |",
         "|---|---|" + "---:|" * len(WIDTHS),
     ]
-    for shape in ("h256-l12", "h512-l24"):
+    for shape, (hidden, layers, heads, inner) in SHAPES.items():
         torch.manual_seed(0)
-        model = NviumForCausalLM(shaped(shape, [], final_adapter=False, adapter_size=0)).eval()
+        config = NviumConfig(
+            vocab_size=4000, hidden_size=hidden, num_hidden_layers=layers,
+            num_attention_heads=heads, intermediate_size=inner, exit_layers=[],
+            final_adapter=False, adapter_size=0,
+        )  # fmt: skip
+        model = NviumForCausalLM(config).eval()
         ways = {"modules": None, "packed, transposed": NEVER, "packed, blocked copies": 0}
         runners = {name: runner(model, size) for name, size in ways.items()}
         found: dict[str, list[SpeedModel]] = {name: [] for name in ways}

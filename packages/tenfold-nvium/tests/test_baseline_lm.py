@@ -17,10 +17,9 @@ from tenfold_nvium import lm as nvium_lm
 from tenfold_nvium.baselines.calm import CalmDecoder
 from tenfold_nvium.baselines.layerskip import LayerSkipDecoder
 from tenfold_nvium.baselines.lm import CalmLM, LayerSkipLM, load_calm, load_layerskip
-from tenfold_nvium.baselines.loop import Decodes
 from tenfold_nvium.baselines.trainers import CalmPretrainer, LayerSkipPretrainer
 from tenfold_nvium.baselines.training import LayerSkipSchedule
-from tenfold_nvium.decode import PiggybackDecoder
+from tenfold_nvium.decode import Decodes, PiggybackDecoder
 from tenfold_nvium.lm import NviumLM
 from tenfold_nvium.trainers import DensePretrainer, Pretrainer
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -64,6 +65,23 @@ class Decoded:
     rows: list[DecodedRow]
     cache: NviumCache
     trace: DecodeTrace
+
+
+class Decodes(Protocol):
+    """What `PiggybackDecoder`, `CalmDecoder` and `LayerSkipDecoder` have in common."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        *,
+        seeds: Sequence[int] | None = None,
+        eos_ids: Sequence[int] = (),
+        stop: Stop | None = None,
+        log_probs: bool = False,
+    ) -> Any:
+        """A result with `rows` (of `DecodedRow`) and `trace` (a `DecodeTrace`)."""
+        ...
 
 
 class PiggybackDecoder:

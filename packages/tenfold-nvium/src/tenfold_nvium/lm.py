@@ -21,7 +21,7 @@ from tenfold.records import GenerationConfig
 from torch import Tensor
 
 from tenfold_nvium.checkpoints import read_config, read_tokenizer, read_weights
-from tenfold_nvium.decode import Decoded, DecodedRow, PiggybackDecoder
+from tenfold_nvium.decode import DecodedRow, Decodes, PiggybackDecoder
 from tenfold_nvium.mixture import exit_log_probs, mixture_log_prob
 from tenfold_nvium.modeling import NviumForCausalLM
 from tenfold_nvium.policies import ExitPolicy, make_policy
@@ -31,7 +31,62 @@ AUTO = "auto"
 
 
 class BackboneLM(CausalLM):
-    """What all models of this plugin have in common: how inputs are given, and hidden states."""
+    """What all models of this plugin have in common: texts through their own decoder, how inputs
+    are given, and hidden states."""
+
+    decode_rows = 1
+    """Texts decoded together."""
+
+    def decoder(self, config: GenerationConfig) -> Decodes:
+        """The decoder that a generation configuration asks for."""
+        raise NotImplementedError
+
+    def stats(self, decoder: Any, decoded: Any, row: DecodedRow) -> dict[str, Any]:
+        """What a completion tells about its decoding."""
+        raise NotImplementedError
+
+    def _generate_rows(
+        self, rows: Sequence[GenerationRow], config: GenerationConfig
+    ) -> list[GeneratedRow]:
+        """Rows through the model's own decoder, a few at a time; under a constraint through
+        `transformers.generate` at full depth (a grammar edits the whole distribution)."""
+        if config.constraint is not None:
+            return super()._generate_rows(rows, config)
+        if not rows:
+            return []
+        decoder, written = self.decoder(config), []
+        for start in range(0, len(rows), self.decode_rows):
+            written += self._decode(decoder, rows[start : start + self.decode_rows], config)
+        return written
+
+    def _decode(
+        self, decoder: Decodes, rows: Sequence[GenerationRow], config: GenerationConfig
+    ) -> list[GeneratedRow]:
+        stopper = RowStopper(rows, 0, self, self._eos_ids, config.stop)
+        done = decoder.generate(
+            [row.ids for row in rows],
+            [row.limit for row in rows],
+            seeds=[row.seed for row in rows],
+            stop=lambda row, tokens: stopper.reason(tokens, rows[row].limit),
+            log_probs=config.logprobs > 0,
+        )
+        return [
+            GeneratedRow(
+                row.tokens,
+                row.finish_reason,
+                (row.log_probs or []) if config.logprobs else None,
+                self.stats(decoder, done, row),
+            )
+            for row in done.rows
+        ]
+
+    def trace(self, ids: Sequence[int], config: GenerationConfig) -> Any:
+        """Continues one prompt (token ids) and keeps the full decode trace; `config.seed` is
+        the text's own seed here."""
+        limit = min(config.max_new_tokens, self.context_length - len(ids) + 1)
+        return self.decoder(config).generate(
+            [ids], limit, seeds=[config.seed or 0], eos_ids=sorted(self._eos_ids)
+        )
 
     def _inputs(self, batch: TokenBatch) -> dict[str, Any]:
         inputs = super()._inputs(batch)
@@ -112,39 +167,13 @@ class NviumLM(BackboneLM):
             return make_policy("full"), warp
         return make_policy("sample" if self.policy == AUTO else self.policy), warp
 
-    def _generate_rows(
-        self, rows: Sequence[GenerationRow], config: GenerationConfig
-    ) -> list[GeneratedRow]:
-        """Rows through the piggybacked decoder, a few at a time; under a constraint through
-        `transformers.generate` at full depth (a grammar edits the whole mixture)."""
-        if config.constraint is not None:
-            return super()._generate_rows(rows, config)
+    def decoder(self, config: GenerationConfig) -> PiggybackDecoder:
+        """See `BackboneLM`."""
         policy, warp = self.decoding(config)
-        decoder = PiggybackDecoder(self.model, policy, warp=warp, max_deferred=self.max_deferred)
-        written: list[GeneratedRow] = []
-        for start in range(0, len(rows), self.decode_rows):
-            part = rows[start : start + self.decode_rows]
-            written += self._decode(decoder, part, config)
-        return written
+        return PiggybackDecoder(self.model, policy, warp=warp, max_deferred=self.max_deferred)
 
-    def _decode(
-        self, decoder: PiggybackDecoder, rows: Sequence[GenerationRow], config: GenerationConfig
-    ) -> list[GeneratedRow]:
-        stopper = RowStopper(rows, 0, self, self._eos_ids, config.stop)
-        done = decoder.generate(
-            [row.ids for row in rows],
-            [row.limit for row in rows],
-            seeds=[row.seed for row in rows],
-            stop=lambda row, tokens: stopper.reason(tokens, rows[row].limit),
-            log_probs=config.logprobs > 0,
-        )
-        return [
-            GeneratedRow(row.tokens, row.finish_reason, row.log_probs, self._stats(decoder, row))
-            for row in done.rows
-        ]
-
-    def _stats(self, decoder: PiggybackDecoder, row: DecodedRow) -> dict[str, Any]:
-        """What a completion tells about its exits (1-based)."""
+    def stats(self, decoder: Any, decoded: Any, row: DecodedRow) -> dict[str, Any]:
+        """Exits (1-based), their histogram and mean depth, and how they were chosen."""
         depths = self.model.config.depths
         histogram = {str(k + 1): 0 for k in range(len(depths))}
         for k in row.exits:
@@ -157,15 +186,6 @@ class NviumLM(BackboneLM):
             "policy": decoder.policy.name,
             "warp_scope": "mixture" if decoder.policy.mixes else "head",
         }
-
-    def trace(self, ids: Sequence[int], config: GenerationConfig) -> Decoded:
-        """Continues one prompt (token ids) and keeps the full decode trace; `config.seed` is
-        the text's own seed here."""
-        policy, warp = self.decoding(config)
-        decoder = PiggybackDecoder(self.model, policy, warp=warp, max_deferred=self.max_deferred)
-        limit = min(config.max_new_tokens, self.context_length - len(ids) + 1)
-        eos = sorted(self._eos_ids)
-        return decoder.generate([ids], limit, seeds=[config.seed or 0], eos_ids=eos)
 
     # --- score, loss, exits -------------------------------------------------------------------
 

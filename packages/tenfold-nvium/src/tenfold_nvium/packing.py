@@ -20,7 +20,7 @@ from tenfold_nvium.exits import NviumRMSNorm
 
 _BLOCKED_WIDTHS = range(2, 17)
 """Numbers of tokens that the blocked layout is used for; wider products are not bound by memory."""
-_BLOCKED_SIZE = 1 << 19
+_BLOCKED_SIZE: int = 1 << 19
 """Weights that a matrix must have for it; below, calling oneDNN costs more than it saves."""
 _BLOCKED_HINT = 4
 """Width that the blocked layout is made for."""

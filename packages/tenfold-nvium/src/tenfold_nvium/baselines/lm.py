@@ -16,7 +16,6 @@ import torch
 from tenfold.capabilities import TokenBatch
 from tenfold.errors import ConfigError
 from tenfold.lm.losses import shifted_token_nll
-from tenfold.lm.sampling import GeneratedRow, GenerationRow, RowStopper
 from tenfold.records import GenerationConfig
 from torch import Tensor
 
@@ -27,7 +26,6 @@ from tenfold_nvium.baselines.layerskip import (
     check_draft_length,
     drafting_depth,
 )
-from tenfold_nvium.baselines.loop import Decodes, ExitDecoded
 from tenfold_nvium.decode import DecodedRow
 from tenfold_nvium.lm import BackboneLM, load_network
 from tenfold_nvium.sampling import Warp
@@ -39,64 +37,11 @@ class ExitLM(BackboneLM):
     Provides `generate score loss grad hidden tokenize step constrain`.
     """
 
-    decode_rows = 1
-
-    def decoder(self, config: GenerationConfig) -> Decodes:
-        """The decoder that a generation configuration asks for."""
-        raise NotImplementedError
-
-    def stats(self, decoded: ExitDecoded, row: DecodedRow) -> dict[str, Any]:
-        """What a completion tells about its decoding."""
-        raise NotImplementedError
-
     def warp(self, config: GenerationConfig) -> Warp:
         """Temperature and truncation of a generation configuration."""
         if config.temperature == 0:
             return Warp(0.0)
         return Warp(config.temperature, config.top_k, config.top_p)
-
-    def _generate_rows(
-        self, rows: Sequence[GenerationRow], config: GenerationConfig
-    ) -> list[GeneratedRow]:
-        """Rows through the method's decoder; under a constraint through
-        `transformers.generate` at full depth."""
-        if config.constraint is not None:
-            return super()._generate_rows(rows, config)
-        if not rows:
-            return []
-        decoder, written = self.decoder(config), []
-        for start in range(0, len(rows), self.decode_rows):
-            written += self._decode(decoder, rows[start : start + self.decode_rows], config)
-        return written
-
-    def _decode(
-        self, decoder: Decodes, rows: Sequence[GenerationRow], config: GenerationConfig
-    ) -> list[GeneratedRow]:
-        stopper = RowStopper(rows, 0, self, self._eos_ids, config.stop)
-        done = decoder.generate(
-            [row.ids for row in rows],
-            [row.limit for row in rows],
-            seeds=[row.seed for row in rows],
-            stop=lambda row, tokens: stopper.reason(tokens, rows[row].limit),
-            log_probs=config.logprobs > 0,
-        )
-        return [
-            GeneratedRow(
-                row.tokens,
-                row.finish_reason,
-                (row.log_probs or []) if config.logprobs else None,
-                self.stats(done, row),
-            )
-            for row in done.rows
-        ]
-
-    def trace(self, ids: Sequence[int], config: GenerationConfig) -> ExitDecoded:
-        """Continues one prompt (token ids) and keeps the full decode trace; `config.seed` is
-        the text's own seed here."""
-        limit = min(config.max_new_tokens, self.context_length - len(ids) + 1)
-        return self.decoder(config).generate(
-            [ids], limit, seeds=[config.seed or 0], eos_ids=sorted(self._eos_ids)
-        )
 
     def token_loss(self, batch: TokenBatch) -> Tensor:
         """`[B, T]` nats: `-log p(x_t | x_<t)` of the last head, 0 where not scored;
@@ -154,7 +99,7 @@ class CalmLM(ExitLM):
     def _decoder(self, warp: Warp) -> CalmDecoder:
         return CalmDecoder(self.model, self.threshold, measure=self.measure, warp=warp)
 
-    def stats(self, decoded: ExitDecoded, row: DecodedRow) -> dict[str, Any]:
+    def stats(self, decoder: Any, decoded: Any, row: DecodedRow) -> dict[str, Any]:
         """Exits (1-based) and the mean depth; says that the text is approximate."""
         depths = self.model.config.depths
         layers = sum(depths[k] for k in row.exits)
@@ -218,7 +163,7 @@ class LayerSkipLM(ExitLM):
             self.model, self.exit_layer, self.draft_length, warp=self.warp(config)
         )
 
-    def stats(self, decoded: ExitDecoded, row: DecodedRow) -> dict[str, Any]:
+    def stats(self, decoder: Any, decoded: Any, row: DecodedRow) -> dict[str, Any]:
         """How many drafted tokens stood."""
         trace = decoded.trace
         assert isinstance(trace, SpeculativeTrace)

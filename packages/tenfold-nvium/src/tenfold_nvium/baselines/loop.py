@@ -1,7 +1,7 @@
 """What the baselines' decoders share: checked limits, rows that end, the trace, the result.
 
 The interface is `PiggybackDecoder`'s, so that evaluators and benchmarks call dense models,
-N-viums, CALM and LayerSkip alike (`Decodes`).
+N-viums, CALM and LayerSkip alike (`tenfold_nvium.decode.Decodes`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,23 +25,6 @@ class ExitDecoded:
 
     rows: list[DecodedRow]
     trace: DecodeTrace
-
-
-class Decodes(Protocol):
-    """What `PiggybackDecoder`, `CalmDecoder` and `LayerSkipDecoder` have in common."""
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int | Sequence[int],
-        *,
-        seeds: Sequence[int] | None = None,
-        eos_ids: Sequence[int] = (),
-        stop: Stop | None = None,
-        log_probs: bool = False,
-    ) -> Any:
-        """A result with `rows` (of `DecodedRow`) and `trace` (a `DecodeTrace`)."""
-        ...
 
 
 def own_log_probs(scores: Tensor, tokens: Tensor) -> list[Any]:
