@@ -31,7 +31,7 @@ CHUNKS = (1024, 0)
 """Tokens whose logits exist at once in the loss; 0 is all of them."""
 FULL = {
     "hidden_size": 256, "layers": 8, "heads": 4, "vocab_size": 32000, "rows": 8, "length": 256,
-    "steps": 3, "repeats": 2,
+    "steps": 3, "repeats": 1,
 }  # fmt: skip
 QUICK = {
     "hidden_size": 32, "layers": 8, "heads": 2, "vocab_size": 2000, "rows": 2, "length": 32,
@@ -119,9 +119,10 @@ def table(size: dict[str, Any], progress: bool = True) -> list[str]:
         "AdamW.",
         "Memory is the increase of the process's peak over model, gradients and optimizer; one "
         f"fp32 copy of all logits of one head is {tokens * size['vocab_size'] * 4 / 1e6:.0f} MB.",
-        f"Medians of {size['repeats']} processes per cell, taking turns. Python "
-        f"{platform.python_version()}, torch {metadata.version('torch')}, {os.cpu_count()} cores "
-        f"({platform.machine()}), {os.environ.get('OMP_NUM_THREADS', 'all')} threads. "
+        f"Medians of {size['steps']} steps, {size['repeats']} process(es) per cell, taking turns. "
+        f"Python {platform.python_version()}, torch {metadata.version('torch')}, "
+        f"{os.cpu_count()} cores ({platform.machine()}), "
+        f"{os.environ.get('OMP_NUM_THREADS', 'all')} threads. "
         "Written by `bench_training.py`.",
         "",
         "| exits | loss in chunks of | parameters (M) | memory (MB) | tokens/s | speed to K = 1 |",

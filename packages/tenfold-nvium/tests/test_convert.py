@@ -236,7 +236,9 @@ def test_resized_heads_survive_a_fresh_process(tmp_path, tying):
     subprocess.run(command, check=True, timeout=120)
     with torch.no_grad():
         wanted = network(ids(vocab=104), output_exit_logits=True).exit_logits
-    assert torch.equal(load_file(tmp_path / "out.safetensors")["logits"], wanted)
+    # Another process may use another number of threads, which changes sums in the last bits.
+    got = load_file(tmp_path / "out.safetensors")["logits"]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
 
 
 # --- What is refused ----------------------------------------------------------------------------
