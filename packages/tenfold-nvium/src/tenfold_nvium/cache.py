@@ -170,12 +170,7 @@ class NviumCache(Cache):
 
     def check_model(self, config: NviumConfig) -> None:
         """Raises ConfigError when the cache was made for a model of another shape."""
-        mine, other = _shape_of(self.config), _shape_of(config)
-        if mine != other:
-            raise ConfigError(
-                "this cache belongs to another model: (layers, hidden size, key-value heads, head "
-                f"size, exits ...) are {mine} in the cache and {other} in the model"
-            )
+        _check_shapes(_shape_of(self.config), _shape_of(config))
 
     # --- Deferred states ----------------------------------------------------------------------
 
@@ -385,12 +380,7 @@ class NviumCache(Cache):
         Raises:
             ConfigError: it comes from a model of another shape.
         """
-        if state["shape"].tolist() != _shape_of(self.config):
-            raise ConfigError(
-                "this cache belongs to another model: (layers, hidden size, key-value heads, head "
-                f"size, exits ...) are {state['shape'].tolist()} in the cache and "
-                f"{_shape_of(self.config)} in the model"
-            )
+        _check_shapes(state["shape"].tolist(), _shape_of(self.config))
         self.reset()
         self.open_rows(state["lengths"].shape[0])
         self.lengths = state["lengths"].cpu().numpy().copy()
@@ -428,6 +418,14 @@ def _shape_of(config: NviumConfig) -> list[int]:
     sizes = (config.num_hidden_layers, config.hidden_size, config.num_key_value_heads or 0,
              config.head_dim or 0)  # fmt: skip
     return [*sizes, *(config.exit_layers or ())]
+
+
+def _check_shapes(cache: list[int], model: list[int]) -> None:
+    if cache != model:
+        raise ConfigError(
+            "this cache belongs to another model: (layers, hidden size, key-value heads, head "
+            f"size, exits ...) are {cache} in the cache and {model} in the model"
+        )
 
 
 def _pick(states: Tensor, index: np.ndarray) -> Tensor:

@@ -40,24 +40,25 @@ def cached_forward(
     hidden = model.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     cache.check_model(model.config)
     cache.open_rows(hidden.shape[0])
-    limit, longest = model.config.max_position_embeddings, hidden.shape[1] + int(
-        cache.lengths.max(initial=0)
-    )  # fmt: skip
-    if attention_mask is None or attention_mask.dim() != 2:
-        real_length = longest
-    else:
-        real_length = int(attention_mask.sum(-1).max())
-    if min(longest, real_length) > limit:
-        raise ConfigError(
-            f"the text has {min(longest, real_length)} tokens, but the model's context is {limit}; "
-            "shorten the prompt or max_new_tokens"
-        )
+    _check_room(cache, hidden.shape[1], attention_mask, model.config.max_position_embeddings)
     ended, frozen = cache.take_ended()
     real = _new_columns(cache, hidden, attention_mask, frozen)
     cache.push(0, real.nonzero()[:, 0].cpu().numpy(), hidden[real])
     if decode_policy is not None:
         return _routed(model, cache, make_policy(decode_policy), real, ended | frozen)
     return _full_depth(model, cache, real, hidden, logits_to_keep)
+
+
+def _check_room(cache: NviumCache, new: int, attention_mask: Tensor | None, limit: int) -> None:
+    """Raises ConfigError when `new` columns, padding left out, go beyond the context."""
+    longest = int(cache.lengths.max(initial=0)) + new
+    if longest > limit and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        longest = min(longest, int(attention_mask.sum(-1).max()))
+    if longest > limit:
+        raise ConfigError(
+            f"the text has {longest} tokens, but the model's context is {limit}; "
+            "shorten the prompt or max_new_tokens"
+        )
 
 
 def _new_columns(

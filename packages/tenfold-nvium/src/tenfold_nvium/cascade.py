@@ -218,7 +218,7 @@ class _Step:
                 leaving = self.policy.leaves(k, odds, self.uniforms[rows, k])
             scores = None
             if leaving.any():
-                scores = runner.logits(_where(normed, leaving))
+                scores = runner.logits(where_rows(normed, leaving))
         if scores is not None:
             self._parts.append((rows[leaving], scores))
             self.exits[rows[leaving]] = k
@@ -241,21 +241,24 @@ class _Step:
             # top1(M) - top2(M) > R: the rest of the mixture cannot change the arg-max.
             top = mixed.topk(2).values.double().exp().cpu().numpy()
             decided = top[:, 0] - top[:, 1] > np.exp(self.reach[rows]) + _ROUNDING
-        self._mixed = _where(mixed, ~decided)
-        return decided, _where(mixed, decided) if decided.any() else None
+        self._mixed = where_rows(mixed, ~decided)
+        return decided, where_rows(mixed, decided) if decided.any() else None
 
     def choice(self) -> Choice:
         """The finished step, rows in their order."""
-        if len(self._parts) == 1:
-            scores = self._parts[0][1]
-        else:
-            order = np.argsort(np.concatenate([rows for rows, _ in self._parts]))
-            joined = torch.cat([part for _, part in self._parts])
-            scores = joined[torch.from_numpy(order).to(joined.device)]
-        return Choice(self.exits, scores, self.log_odds, self.widths)
+        return Choice(self.exits, in_row_order(self._parts), self.log_odds, self.widths)
 
 
-def _where(values: Tensor, chosen: np.ndarray) -> Tensor:
+def in_row_order(parts: Sequence[tuple[np.ndarray, Tensor]]) -> Tensor:
+    """One line per row, ascending, from parts of `(rows [n], lines [n, ...])`."""
+    if len(parts) == 1:
+        return parts[0][1]
+    order = np.argsort(np.concatenate([rows for rows, _ in parts]))
+    joined = torch.cat([part for _, part in parts])
+    return joined[torch.from_numpy(order).to(joined.device)]
+
+
+def where_rows(values: Tensor, chosen: np.ndarray) -> Tensor:
     """Rows of `values` where `chosen` is true."""
     if chosen.all():
         return values

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from tenfold.errors import ConfigError, nearest
 from transformers import PreTrainedConfig
 
-from tenfold_nvium.policies import make_policy
+from tenfold_nvium.policies import AUTO, make_policy
 
 BASE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Base architectures whose decoder layers are supported."""
@@ -249,7 +249,7 @@ def _check_method(config: NviumConfig) -> None:
     for name in ("adapter_size", "compute_penalty", "router_warmup_weight", "loss_chunk_tokens"):
         if not getattr(config, name) >= 0:
             raise ConfigError(f"{name} is {getattr(config, name)}; it must be 0 or more")
-    if config.decode_policy != "auto":
+    if config.decode_policy != AUTO:
         make_policy(config.decode_policy)
     costs = config.compute_cost
     if costs is not None and not all(0 < cost <= 1 for cost in costs):

@@ -17,13 +17,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin, StoppingCriteriaList
 
 from tenfold_nvium.cache import NviumCache
-from tenfold_nvium.policies import ExitPolicy, check_policy, make_policy
+from tenfold_nvium.policies import AUTO, ExitPolicy, check_policy, make_policy
 from tenfold_nvium.runner_cache import packed_runner
 
 if TYPE_CHECKING:
     from tenfold_nvium.modeling import NviumForCausalLM
-
-AUTO = "auto"
 
 
 class WatchedStopping(StoppingCriteriaList):

@@ -24,10 +24,8 @@ from tenfold_nvium.checkpoints import read_config, read_tokenizer, read_weights
 from tenfold_nvium.decode import DecodedRow, Decodes, PiggybackDecoder
 from tenfold_nvium.mixture import exit_log_probs, mixture_log_prob
 from tenfold_nvium.modeling import NviumForCausalLM
-from tenfold_nvium.policies import ExitPolicy, make_policy
+from tenfold_nvium.policies import AUTO, ExitPolicy, make_policy
 from tenfold_nvium.sampling import SCOPES, Warp
-
-AUTO = "auto"
 
 
 class BackboneLM(CausalLM):

@@ -149,6 +149,9 @@ class CertifiedGreedy(ExitPolicy):
     certifies: ClassVar[bool] = True
 
 
+AUTO = "auto"
+"""Name of the policy that a call decides: certified when greedy, sampling exits otherwise."""
+
 POLICIES: dict[str, type[ExitPolicy]] = {
     policy.name: policy
     for policy in (SampleExit, GreedyRouter, FixedExit, FullDepth, CertifiedGreedy)

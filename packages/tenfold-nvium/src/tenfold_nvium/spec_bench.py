@@ -8,13 +8,13 @@ that a bad line is found before any work is done. It is not shipped: give your o
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tenfold.builtin.row_sources import json_row
 from tenfold.errors import ConfigError, nearest
 from tenfold.records import PromptRecord
 from tenfold.seeds import content_hash, derive
@@ -117,7 +117,7 @@ def parse_line(raw: bytes, where: str) -> PromptRecord:
     Raises:
         ConfigError: the line is no question.
     """
-    row = _object(raw, where)
+    row = json_row(raw, where)
     for name in _COLUMNS:
         if row.get(name) is None:
             raise ConfigError(
@@ -140,22 +140,6 @@ def parse_line(raw: bytes, where: str) -> PromptRecord:
         prompt=turns[0],
         metadata={**other, "category": category, "turns": len(turns)},
     )
-
-
-def _object(raw: bytes, where: str) -> dict[str, Any]:
-    """The JSON object of a line."""
-    try:
-        row = json.loads(raw.removeprefix(b"\xef\xbb\xbf").decode())
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: byte 0x{raw[error.start]:02x} is not UTF-8") from None
-    except ValueError as error:
-        raise ConfigError(f"{where}: not valid JSON: {error}; write one object per line") from None
-    if not isinstance(row, dict):
-        raise ConfigError(
-            f"{where}: is a JSON {type(row).__name__}, not an object with question_id, category, "
-            "turns"
-        )
-    return row
 
 
 def _wrong(where: str, name: str, value: Any, right: str) -> ConfigError:

@@ -37,7 +37,7 @@ from tenfold_nvium.baselines.modeling import CalmForCausalLM
 from tenfold_nvium.baselines.propagation import Propagator
 from tenfold_nvium.block import Block
 from tenfold_nvium.cache import NviumCache
-from tenfold_nvium.cascade import embed
+from tenfold_nvium.cascade import embed, in_row_order, where_rows
 from tenfold_nvium.decode import Stop, checked_limits
 from tenfold_nvium.layers import SegmentRunner
 from tenfold_nvium.noise import PositionNoise
@@ -219,11 +219,7 @@ class CalmDecoder:
                 stay = torch.from_numpy(np.flatnonzero(~leaving)).to(states.device)
                 states, here = states[stay], here[~leaving]
             before = states if self.measure == "saturation" else None
-        if len(parts) == 1:
-            return _Step(exits, parts[0][1], widths)
-        joined = torch.cat([part for _, part in parts])
-        order = np.argsort(np.concatenate([who for who, _ in parts]))
-        return _Step(exits, joined[torch.from_numpy(order).to(joined.device)], widths)
+        return _Step(exits, in_row_order(parts), widths)
 
     def _segment(
         self, cache: NviumCache, k: int, rows: np.ndarray, fresh: np.ndarray, trace: CalmTrace
@@ -237,7 +233,7 @@ class CalmDecoder:
             old = np.arange(block.size) < np.repeat(begins + skipped, block.widths)
             some = skipped > 0
             past = Block(rows[some], block.starts[some], skipped[some], cache.rows, states.device)
-            waiting, states = _pick(states, old), _pick(states, ~old)
+            waiting, states = where_rows(states, old), where_rows(states, ~old)
             self._fillers[k].fill(waiting, past, cache)
             trace.fills[k] += 1
             trace.filled[k] += past.size
@@ -284,15 +280,8 @@ class CalmDecoder:
         if not leaving.any():
             return leaving, None
         if logits is None:
-            return leaving, self._logits(k, _pick(states, leaving))
-        return leaving, _pick(logits, leaving)
-
-
-def _pick(values: Tensor, chosen: np.ndarray) -> Tensor:
-    """Rows of `values` where `chosen` is true."""
-    if chosen.all():
-        return values
-    return values[torch.from_numpy(np.flatnonzero(chosen)).to(values.device)]
+            return leaving, self._logits(k, where_rows(states, leaving))
+        return leaving, where_rows(logits, leaving)
 
 
 def check_settings(model: Any, threshold: float, measure: str) -> None:

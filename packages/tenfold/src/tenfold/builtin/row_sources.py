@@ -119,15 +119,20 @@ class JsonLines(LineSource):
                 for line, raw in enumerate(file, 1):
                     if raw.strip():
                         place = Place(number, line, offset)
-                        yield place, _json_row(raw, self.where(place))
+                        yield place, json_row(raw, self.where(place))
                     offset += len(raw)
 
     def parse(self, place: Place, file: BinaryIO) -> Row:
         """The row that begins at the file's position."""
-        return _json_row(file.readline(), self.where(place))
+        return json_row(file.readline(), self.where(place))
 
 
-def _json_row(raw: bytes, where: str) -> Row:
+def json_row(raw: bytes, where: str) -> Row:
+    """The JSON object of a line (UTF-8); `where` names file and line in messages.
+
+    Raises:
+        ConfigError: the line is no JSON object.
+    """
     try:
         row = json.loads(raw.removeprefix(_BOM))
     except UnicodeDecodeError as error:
