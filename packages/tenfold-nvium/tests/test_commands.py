@@ -85,6 +85,16 @@ def test_convert_says_what_it_chose(base, tmp_path, call):
     assert load(str(tmp_path / "b")).model.exits[0].head is not None
 
 
+def test_export_writes_a_folder_with_its_own_code(nvium, tmp_path, call):
+    code, out, _ = call("export", nvium, tmp_path / "a", "--json")
+    assert code == 0
+    files = json.loads(out)["files"]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_nvium.py"} <= set(files)
+    code, out, _ = call("export", nvium, tmp_path / "b")
+    assert code == 0
+    assert "trust_remote_code=True" in out
+
+
 # --- info ---------------------------------------------------------------------------------------
 
 
@@ -374,6 +384,9 @@ def test_a_policy_that_does_not_sample_the_mixture_gets_no_chi_square(letters, c
         (["convert", "{base}", "{new}", "--gate-init", "open"], 2, "'closed' or a finite number"),
         (["convert", "{base}", "{new}", "--tying", "lm"], 2, "--tying"),
         (["convert", "{broken}", "{new}"], 3, "cannot load the checkpoint"),
+        (["export", "{base}", "{new}"], 2, "not an N-vium"),
+        (["export", "{none}", "{new}"], 2, "no config.json"),
+        (["export", "{nvium}", "{base}"], 2, "not empty"),
         (["info"], 2, "--preset NAME"),
         (["info", "{nvium}", "--preset", "tiny"], 2, "one of them"),
         (["info", "--preset", "tinny"], 2, "did you mean 'tiny'"),

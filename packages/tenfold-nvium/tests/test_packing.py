@@ -12,7 +12,7 @@ from tenfold_nvium import packing
 from tenfold_nvium.decode import PiggybackDecoder
 from tenfold_nvium.exit_runners import ModuleExit, PackedExit, module_exits, packed_exits
 from tenfold_nvium.exits import NviumRMSNorm
-from tenfold_nvium.packing import PackedLinear, PackedNorm
+from tenfold_nvium.packing import NormedLinear, PackedLinear, PackedNorm
 from tenfold_nvium.runner_cache import packed_runner
 from torch import nn
 
@@ -47,16 +47,23 @@ def test_packed_norm_is_the_norm(dtype, width):
     norm = NviumRMSNorm(24).to(dtype)
     nn.init.uniform_(norm.weight)
     x = 3 * torch.randn(width, 24, dtype=dtype)
-    folded = PackedNorm(norm, folded=True)
-    torch.testing.assert_close(PackedNorm(norm)(x), norm(x), rtol=0, atol=TOLERANCE[dtype])
-    torch.testing.assert_close(folded(x) * folded.scale, norm(x), rtol=0, atol=TOLERANCE[dtype])
+    wanted = norm(x)
+    torch.testing.assert_close(PackedNorm(norm)(x), wanted, rtol=0, atol=TOLERANCE[dtype])
+    for bias in (True, False):
+        layers = [nn.Linear(24, 9, bias=bias, dtype=dtype) for _ in range(2)]
+        with torch.inference_mode():
+            got = NormedLinear(norm, *layers, factor=0.5)(x)
+            wanted = 0.5 * torch.cat([layer(norm(x)) for layer in layers], -1)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=TOLERANCE[dtype])
 
 
 def test_half_precision_is_left_to_the_modules():
     norm = NviumRMSNorm(24).to(torch.bfloat16)
+    layer = nn.Linear(24, 9).to(torch.bfloat16)
     x = torch.randn(3, 24).to(torch.bfloat16)
-    assert torch.equal(PackedNorm(norm, folded=True)(x), norm(x))
-    assert PackedNorm(norm, folded=True).scale is None
+    with torch.inference_mode():
+        assert torch.equal(PackedNorm(norm)(x), norm(x))
+        assert torch.equal(NormedLinear(norm, layer)(x), layer(norm(x)))
     model = tiny_model().to(torch.bfloat16)
     assert all(isinstance(runner, ModuleExit) for runner in packed_exits(model))
 
@@ -72,12 +79,10 @@ def test_packed_exits_are_the_exits(tying, settings, width):
     with torch.inference_mode():
         for k, (plain, packed) in enumerate(pairs):
             assert isinstance(packed, PackedExit)
-            normed = plain.normed(states)
-            torch.testing.assert_close(packed.normed(states), normed, rtol=0, atol=1e-12)
-            logits = plain.logits(normed)
-            torch.testing.assert_close(packed.logits(normed), logits, rtol=0, atol=1e-12)
+            logits = plain.logits(states)
+            torch.testing.assert_close(packed.logits(states), logits, rtol=0, atol=1e-12)
             if k + 1 < len(pairs):
-                assert packed.log_odds(normed) == pytest.approx(plain.log_odds(normed), abs=1e-12)
+                assert packed.log_odds(states) == pytest.approx(plain.log_odds(states), abs=1e-12)
 
 
 def test_heads_that_share_a_weight_share_its_copy():

@@ -66,7 +66,6 @@ def test_costs_between_and_beyond_measured_widths():
     model = affine_model(widths=(1, 4, 8))
     for width in (1, 2, 3, 5, 8, 20):
         assert model.cost(1, width) == pytest.approx(A[1] + B[1] * width)
-    assert model.affine(2) == pytest.approx((A[2], B[2]))
     assert SpeedModel.fit([{1: 2.0}], 0.0).cost(0, 9) == 2.0
     assert SpeedModel.from_dict(model.to_dict()) == model
 

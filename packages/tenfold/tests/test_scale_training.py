@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,35 +15,16 @@ from safetensors.torch import load_file
 from tenfold.errors import ConfigError
 from tenfold.scale import process
 from tenfold.scale.deepspeed import active_config, deepspeed_config
+from tenfold.testing.processes import launch as run_processes
 
 SUPPORT = Path(__file__).parent / "support"
 sys.path.insert(0, str(SUPPORT))
 from train_worker import train
 
 
-def launch(folder, *settings, launcher="torchrun", config="", processes=2, check=0):
-    """Trains under a launcher, with the environment that the host gives its workers."""
-    environment = {
-        **os.environ,
-        "TENFOLD_LAUNCHER": launcher,
-        "TENFOLD_SCALE_CONFIG": str(config),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        # DeepSpeed compiles a small operator at first use and looks for ninja on PATH.
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-    }
-    if launcher == "deepspeed":
-        environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc_per_node", str(processes), str(SUPPORT / "train_worker.py"),
-        str(folder), *settings,
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert (done.returncode == 0) == (check == 0), done.stdout[-2000:] + done.stderr[-6000:]
-    return done
+def launch(folder, *settings, **how):
+    """Trains on several processes."""
+    return run_processes(SUPPORT / "train_worker.py", str(folder), *settings, **how)
 
 
 def record(folder):
@@ -114,7 +93,7 @@ def test_a_killed_process_loses_no_more_than_the_last_steps(alone, tmp_path, lau
         pytest.importorskip("deepspeed")
         config = tmp_path / "deepspeed.json"
         config.write_text(json.dumps(deepspeed_config(stage)))
-    launch(tmp_path, "kill=5", launcher=launcher, config=config, check=1)
+    launch(tmp_path, "kill=5", launcher=launcher, config=config, fails=True)
     states = [p.name for p in (tmp_path / "run/work/trainer").glob("checkpoint-*")]
     assert states == ["checkpoint-3"]
     launch(tmp_path, launcher=launcher, config=config)
@@ -125,7 +104,7 @@ def test_a_killed_process_loses_no_more_than_the_last_steps(alone, tmp_path, lau
 @pytest.mark.slow
 def test_an_interruption_of_one_process_saves_on_all(alone, tmp_path):
     """SIGTERM reaches one worker; both stop after the same step, and go on together later."""
-    done = launch(tmp_path, "term=4", check=1)
+    done = launch(tmp_path, "term=4", fails=True)
     assert "KeyboardInterrupt" in done.stderr
     assert (tmp_path / "run/work/trainer/checkpoint-4/complete.json").is_file()
     launch(tmp_path)

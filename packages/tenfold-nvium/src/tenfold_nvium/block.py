@@ -45,6 +45,8 @@ class Block:
         self.size = int(widths.sum())
         self.whole = len(rows) == cache_rows
         self._mask: Tensor | None = None
+        self.rotation: tuple[Tensor, Tensor] | None = None
+        """Cosines and sines `[n, 1, D]` of its positions, kept by the first who needs them."""
 
     @cached_property
     def row_of(self) -> np.ndarray:
@@ -147,7 +149,7 @@ class SoloBlock(Block):
         self.start, self.width, self.size = start, width, width
         self.length = start + width
         self.rows = FIRST_ROW
-        self._mask = None
+        self._mask = self.rotation = None
 
     @cached_property
     def starts(self) -> np.ndarray:  # type: ignore[override]

@@ -136,6 +136,7 @@ class NviumCache(Cache):
         self.frontier = np.zeros((self.segments, 0), dtype=np.int64)
         """`[K, B]` positions that each segment has processed."""
         self._waiting: list[list[tuple[np.ndarray, Tensor]]] = [[] for _ in range(self.segments)]
+        self._solo: SoloBlock | None = None
         self.columns: Tensor | None = None
         """`[B, S]` boolean: which columns of the padded batch were real tokens; only kept when
         `forward` was called with padded columns, as `generate` of transformers does."""
@@ -188,7 +189,10 @@ class NviumCache(Cache):
         if self.rows == 1:
             self._waiting[segment] = []
             states = chunks[0][1] if len(chunks) == 1 else torch.cat([s for _, s in chunks])
-            solo = SoloBlock(int(self.frontier[segment, 0]), states.shape[0], states.device)
+            start, width, solo = int(self.frontier[segment, 0]), states.shape[0], self._solo
+            if solo is None or solo.start != start or solo.width != width:
+                # The same for all segments unless something was deferred.
+                solo = self._solo = SoloBlock(start, width, states.device)
             self.frontier[segment, 0] = solo.length
             return states, solo
         before = self.waiting_counts(segment)
@@ -351,6 +355,7 @@ class NviumCache(Cache):
         self.rows, self.columns, self.exit_history = 0, None, []
         self.lengths, self.frontier = self.lengths[:0], self.frontier[:, :0]
         self._waiting = [[] for _ in range(self.segments)]
+        self._solo = None
         self.start_rows()
 
     # --- Saving -------------------------------------------------------------------------------

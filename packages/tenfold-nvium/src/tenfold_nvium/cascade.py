@@ -166,16 +166,16 @@ def _solo(
         states, block = run_segment(runner, cache, k, FIRST_ROW, observer)
         widths[k] = block.width
         at_exit = runner.exits[k]
-        normed = at_exit.normed(states if block.width == 1 else states[-1:])
+        newest = states if block.width == 1 else states[-1:]
         if k == last:
             break
-        odds[k] = float(at_exit.log_odds(normed)[0])
+        odds[k] = float(at_exit.log_odds(newest)[0])
         if math.isnan(odds[k]):
             raise broken_router(k)
         if policy.leaves_one(k, odds[k], float(uniforms[k])):
             break
         k += 1
-    scores = runner.exits[k].logits(normed)
+    scores = at_exit.logits(newest)
     return Choice(np.array([k]), scores, np.array([odds]), np.array([widths]))
 
 
@@ -204,33 +204,33 @@ class _Step:
         """Rows (indices of the step) arrive at exit k with `states [len(rows), H]`; those that
         go on are returned."""
         runner = self.runners[k]
-        normed, odds = runner.normed(states), None
+        odds = None
         if k + 1 < len(self.runners):
-            odds = runner.log_odds(normed)
+            odds = runner.log_odds(states)
             if np.isnan(odds).any():
                 raise broken_router(k)
             self.log_odds[rows, k] = odds
         if self.policy.mixes:
-            leaving, scores = self._mix(k, rows, normed, odds)
+            leaving, scores = self._mix(k, rows, states, odds)
         else:
             leaving = np.ones(len(rows), dtype=bool)
             if odds is not None:
                 leaving = self.policy.leaves(k, odds, self.uniforms[rows, k])
             scores = None
             if leaving.any():
-                scores = runner.logits(where_rows(normed, leaving))
+                scores = runner.logits(where_rows(states, leaving))
         if scores is not None:
             self._parts.append((rows[leaving], scores))
             self.exits[rows[leaving]] = k
         return rows[~leaving]
 
     def _mix(
-        self, k: int, rows: np.ndarray, normed: Tensor, odds: np.ndarray | None
+        self, k: int, rows: np.ndarray, states: Tensor, odds: np.ndarray | None
     ) -> tuple[np.ndarray, Tensor | None]:
         """Adds head k's share to the rows' mixtures; which of them are decided, and their
         scores. `self._mixed` holds one line per row still on its way."""
         share = self.reach[rows] + (log_sigmoid(odds) if odds is not None else 0.0)
-        heads = in_full_precision(self.runners[k].logits(normed)).log_softmax(-1)
+        heads = in_full_precision(self.runners[k].logits(states)).log_softmax(-1)
         part = heads + torch.from_numpy(share).to(heads)[:, None]
         mixed = part if self._mixed is None else torch.logaddexp(self._mixed, part)
         if odds is None:

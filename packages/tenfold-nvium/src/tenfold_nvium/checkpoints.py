@@ -1,20 +1,28 @@
-"""Reading checkpoint folders: configuration, weights, tokenizer; every failure is one clear
-error that names the folder."""
+"""Checkpoint folders: reading their configuration, weights and tokenizer, writing new ones; every
+failure is one clear error that names the folder."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from tenfold.errors import ComponentError, ConfigError
+from tenfold.files import disk_full_is_an_error
 from tenfold.lm.quiet import quiet
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tenfold_nvium.modeling  # noqa: F401 - registers the model type
 
 FOLDER_HOLDS = "a checkpoint folder is what `save_pretrained` writes"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 def read_config(folder: Path, hint: str = FOLDER_HOLDS) -> Any:
@@ -72,6 +80,56 @@ def read_tokenizer(folder: Path) -> Any:
         raise ConfigError(
             f"{folder} has no tokenizer that can be loaded: {_reason(error)}", hint=FOLDER_HOLDS
         ) from error
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block succeeds: complete or not at all.
+
+    Raises:
+        ConfigError: writing there would replace something.
+    """
+    check_new(target)
+    partial = target.with_name(f".{target.name}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with disk_full_is_an_error(partial), quiet():
+            partial.mkdir()
+            yield partial
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(target: Path) -> None:
+    """Raises ConfigError when writing a folder there would replace something."""
+    if target.is_file():
+        raise ConfigError(f"{target} is a file; give a folder that does not exist yet")
+    if target.is_dir() and any(target.iterdir()):
+        raise ConfigError(
+            f"{target} is not empty; nothing is overwritten",
+            hint="give a folder that does not exist yet, or remove this one",
+        )
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """A folder's tokenizer, file by file; a folder without one leaves the other without one.
+
+    Where no file says which class reads it, the model's type did; that answer is written down.
+    """
+    present = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    if not present:
+        return
+    settings = source / "tokenizer_config.json"
+    named = settings.is_file() and '"tokenizer_class"' in settings.read_text(encoding="utf-8")
+    if named:
+        for name in present:
+            shutil.copyfile(source / name, target / name)
+        return
+    read_tokenizer(source).save_pretrained(target)
 
 
 def _reason(error: BaseException) -> str:

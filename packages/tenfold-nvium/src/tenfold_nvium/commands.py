@@ -1,4 +1,4 @@
-"""`tenfold nvium convert | info | generate | verify`.
+"""`tenfold nvium convert | export | info | generate | verify`.
 
 Each takes `as_json`, prints its result on stdout, and returns an exit code. Training and
 evaluation have no verb of their own: `tenfold train` and `tenfold run` do them.
@@ -13,14 +13,14 @@ from typing import Any
 
 from tenfold.cli.output import note, print_json, print_table
 from tenfold.errors import EXIT_OK, EXIT_RUN_FAILED, ConfigError
-from tenfold.files import write_json
 from tenfold.progress import Reporter
 from tenfold.records import GenerationConfig
 
 from tenfold_nvium.checkpoints import read_config
 from tenfold_nvium.configuration import NviumConfig
 from tenfold_nvium.convert import CLOSED, convert_folder, gate_log_odds
-from tenfold_nvium.lm import NviumLM, load
+from tenfold_nvium.export import export_folder
+from tenfold_nvium.lm import load
 from tenfold_nvium.model_info import describe, info_rows, parameters_by_component, trained_shares
 from tenfold_nvium.policies import make_policy
 from tenfold_nvium.presets import preset as preset_of
@@ -73,6 +73,18 @@ def convert(
         print("gates are closed: same text as the base; to train it, set gate_init")
     else:
         print(f"gates start at log-odds {odds:g}; train them with nvium:finetune")
+    return EXIT_OK
+
+
+def export(checkpoint: str, out: str, as_json: bool = False) -> int:
+    """Writes a folder that loads without this package."""
+    files = export_folder(checkpoint, out)
+    code = [name for name in files if name.endswith(".py")]
+    if as_json:
+        print_json({"folder": out, "files": files})
+        return EXIT_OK
+    print(f"{out}: weights and {len(code)} files of code; it loads with")
+    print(f"AutoModelForCausalLM.from_pretrained({out!r}, trust_remote_code=True)")
     return EXIT_OK
 
 
@@ -142,7 +154,11 @@ def generate(
         sys.stdout.write("\n")
         note(_shares(stream))
     if trace is not None:
-        write_json(Path(trace).expanduser(), _trace(lm, stream, checkpoint, seed))
+        parameter = next(lm.model.parameters())
+        stream.trace.save(
+            Path(trace).expanduser(), policy=stream.policy, model=checkpoint, seed=seed,
+            dtype=str(parameter.dtype).removeprefix("torch."), device=str(parameter.device),
+        )  # fmt: skip
     return EXIT_OK
 
 
@@ -154,17 +170,6 @@ def _shares(stream: TokenStream) -> str:
     return (
         f"{len(stream.tokens)} tokens, {stream.policy}; left after {', '.join(parts)}; "
         f"mean depth {stream.trace.mean_depth:.2f}"
-    )
-
-
-def _trace(lm: NviumLM, stream: TokenStream, checkpoint: str, seed: int) -> dict[str, Any]:
-    parameter = next(lm.model.parameters())
-    return stream.trace.document(
-        policy=stream.policy,
-        model=checkpoint,
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        device=str(parameter.device),
-        seed=seed,
     )
 
 

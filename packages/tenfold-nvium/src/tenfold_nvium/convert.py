@@ -11,19 +11,22 @@ too. For training take finite log-odds such as -4, which is 1.8 % of exits.
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from tenfold.errors import ConfigError
-from tenfold.files import disk_full_is_an_error
-from tenfold.lm.quiet import quiet
 from torch import Tensor, nn
 
 from tenfold_nvium.backbone import RotaryTable, base_class
-from tenfold_nvium.checkpoints import read_config, read_tokenizer, read_weights
+from tenfold_nvium.checkpoints import (
+    check_new,
+    copy_tokenizer,
+    new_folder,
+    read_config,
+    read_weights,
+)
 from tenfold_nvium.configuration import NviumConfig
 from tenfold_nvium.exits import CONTINUE, EXIT, NviumExit
 from tenfold_nvium.modeling import NviumForCausalLM
@@ -40,10 +43,6 @@ _NO_GRADIENT = -88.0
 NORM_STARTS = ("copy_final_norm", "ones")
 _SAMPLING_ONLY = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
-)  # fmt: skip
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
@@ -117,32 +116,12 @@ def convert_folder(base: str | Path, out: str | Path, **settings: Any) -> NviumF
         ConfigError: as `convert`; or `out` exists and is not an empty folder.
     """
     source, target = Path(base).expanduser(), Path(out).expanduser()
-    _check_target(target)
+    check_new(target)
     network = convert(source, **settings)
-    partial = target.with_name(f".{target.name}.partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with disk_full_is_an_error(partial), quiet():
-            network.save_pretrained(partial)
-            copy_tokenizer(source, partial)
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(target) as folder:
+        network.save_pretrained(folder)
+        copy_tokenizer(source, folder)
     return network
-
-
-def _check_target(target: Path) -> None:
-    """Raises ConfigError when writing there would replace something."""
-    if target.is_file():
-        raise ConfigError(f"{target} is a file; give a folder that does not exist yet")
-    if target.is_dir() and any(target.iterdir()):
-        raise ConfigError(
-            f"{target} is not empty; nothing is overwritten",
-            hint="give a folder that does not exist yet, or remove this one",
-        )
 
 
 def gate_log_odds(gate_init: str | float) -> float:
@@ -269,20 +248,3 @@ def _initialise(network: NviumForCausalLM, module: nn.Module) -> None:
     """One module's own parameters by the model's rules."""
     if any(True for _ in module.parameters(recurse=False)):
         network._init_weights(module)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """The base's tokenizer, file by file; a base without one leaves the folder without one.
-
-    Where no file says which class reads it, the base's type did; that answer is written down.
-    """
-    present = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
-    if not present:
-        return
-    settings = source / "tokenizer_config.json"
-    named = settings.is_file() and '"tokenizer_class"' in settings.read_text(encoding="utf-8")
-    if named:
-        for name in present:
-            shutil.copyfile(source / name, target / name)
-        return
-    read_tokenizer(source).save_pretrained(target)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tenfold_nvium.block import Block
 from tenfold_nvium.cache import FrontierLayer, NviumCache
 from tenfold_nvium.exit_runners import ExitRunner, module_exits, packed_exits
-from tenfold_nvium.packing import PackedLinear, PackedNorm
+from tenfold_nvium.packing import NormedLinear, PackedLinear
 
 if TYPE_CHECKING:
     from tenfold_nvium.modeling import NviumForCausalLM
@@ -108,14 +108,11 @@ class PackedLayer:
     def __init__(self, layer: Any, heads: Heads) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._heads = heads
-        before = PackedNorm(layer.input_layernorm, folded=True)
-        between = PackedNorm(layer.post_attention_layernorm, folded=True)
-        self._norms = before, between
-        self._qkv = PackedLinear.of(
-            attention.q_proj, attention.k_proj, attention.v_proj, scale=before.scale
+        self._qkv = NormedLinear(
+            layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj
         )
         self._out = PackedLinear.of(attention.o_proj)
-        self._gate_up = PackedLinear.of(mlp.gate_proj, mlp.up_proj, scale=between.scale)
+        self._gate_up = NormedLinear(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
         self._down = PackedLinear.of(mlp.down_proj)
         self._activation = mlp.act_fn
         self._head_norms = (
@@ -127,14 +124,14 @@ class PackedLayer:
     ) -> Tensor:
         """See `LayerRunner`."""
         heads = self._heads
-        qkv = self._qkv(self._norms[0](x)).view(x.shape[0], -1, heads.size)
+        qkv = self._qkv(x).view(x.shape[0], -1, heads.size)
         if self._head_norms is not None:
             q_norm, k_norm = self._head_norms
             split = heads.queries + heads.groups
             qkv[:, : heads.queries] = q_norm(qkv[:, : heads.queries])
             qkv[:, heads.queries : split] = k_norm(qkv[:, heads.queries : split])
         x = self._out.add_to(x, heads.attend(qkv, cos, sin, store, block))
-        gate, up = self._gate_up(self._norms[1](x)).chunk(2, -1)
+        gate, up = self._gate_up(x).chunk(2, -1)
         return self._down.add_to(x, self._activation(gate).mul_(up))
 
 
@@ -167,9 +164,10 @@ class SegmentRunner:
 
     def run(self, segment: int, x: Tensor, block: Block, cache: NviumCache) -> Tensor:
         """Runs a segment on the block's residual streams `x [n, H]`."""
-        cos, sin = (
-            block.pick(table)[:, None] for table in self._model.model.rotary.signed(block.length, x)
-        )
+        if block.rotation is None:
+            cos, sin = self._model.model.rotary.signed(block.length, x)
+            block.rotation = block.pick(cos)[:, None], block.pick(sin)[:, None]
+        cos, sin = block.rotation
         for index in self._segments[segment]:
             x = self._layers[index].run(x, cos, sin, cache.stores[index], block)
         return x

@@ -40,17 +40,23 @@ class PackedLinear:
         """`[I, O]`"""
         self.bias = bias
         self._weight = weight
+        self._start = weight.new_zeros(outputs)
 
     @classmethod
-    def of(cls, *layers: nn.Linear, scale: Tensor | None = None) -> PackedLinear:
+    def of(
+        cls, *layers: nn.Linear, scale: Tensor | None = None, factor: float = 1.0
+    ) -> PackedLinear:
         """The concatenated outputs of one or more linear layers over the same input, all with
-        or all without a bias; inputs are multiplied by `scale [I]`."""
+        or all without a bias; inputs are multiplied by `scale [I]`, outputs by `factor`."""
         weights = [m.weight.detach() for m in layers]
         biases = [m.bias.detach() for m in layers if m.bias is not None]
         weight = weights[0] if len(layers) == 1 else torch.cat(weights)
         if scale is not None:
             weight = weight * scale
-        return cls(weight, torch.cat(biases) if biases else None)
+        bias = torch.cat(biases) if biases else None
+        if factor != 1:
+            weight, bias = weight * factor, None if bias is None else bias * factor
+        return cls(weight, bias)
 
     @cached_property
     def _blocked(self) -> Any:
@@ -64,6 +70,12 @@ class PackedLinear:
         if self.bias is None:
             return torch.mm(x, self.columns)
         return torch.addmm(self.bias, x, self.columns)
+
+    def of_one(self, x: Tensor, factor: float) -> Tensor:
+        """`self(factor x)` of one token `x [1, I]`, the factor inside the product."""
+        if self.bias is None:
+            return torch.addmm(self._start, x, self.columns, beta=0, alpha=factor)
+        return torch.addmm(self.bias, x, self.columns, alpha=factor)
 
     def add_to(self, x: Tensor, y: Tensor) -> Tensor:
         """`x + self(y)`, the addition inside the product: `x [n, O]`, `y [n, I]`."""
@@ -92,39 +104,54 @@ class PackedNorm:
     """A root-mean-square norm in few operations (`F.rms_norm` launches ten on CPU).
 
     Computes in the hidden state's own type, so half precision is left to the module.
-
-    Args:
-        norm: the module.
-        folded: leave out the multiplication with `weight`, for the matrices behind to contain.
     """
 
-    def __init__(self, norm: nn.Module, *, folded: bool = False) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         self._module = norm
-        self._folded = folded
-        self._quick = isinstance(norm, NviumRMSNorm) and is_wide(norm.weight)
         self.scale: Tensor | None = None
-        """What the matrices behind a folded norm must contain."""
-        if isinstance(norm, NviumRMSNorm) and self._quick:
+        """`[H]` what states over their length are multiplied by; None: left to the module."""
+        if isinstance(norm, NviumRMSNorm) and is_wide(norm.weight):
             size = norm.weight.shape[0]
-            self._weight = norm.weight.detach() * size**0.5
+            self.scale = norm.weight.detach() * size**0.5
             self._eps = norm.variance_epsilon * size
-            self.scale = self._weight if folded else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x [n, H]` normalised."""
-        if not self._quick:
+        if self.scale is None:
             return self._module(x)
-        # x w sqrt(H) / sqrt(sum x^2 + H eps)
-        if not self._folded:
-            return (x * self._weight).mul_(self._inverse_length(x))
-        return x * self._inverse_length(x)
+        return (x * self.scale).mul_(self.inverse_length(x))
 
-    def _inverse_length(self, x: Tensor) -> Tensor | float:
-        if x.shape[0] == 1 and x.device.type == "cpu":
-            vector = x[0]
-            return (torch.dot(vector, vector).item() + self._eps) ** -0.5
+    def inverse_length(self, x: Tensor) -> Tensor | float:
+        """`1 / sqrt(sum x^2 + H eps)`, `[n, 1]`, or a number for one token on the CPU."""
+        if is_single(x):
+            vector = x.numpy()[0]
+            return (float(vector.dot(vector)) + self._eps) ** -0.5
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         return square.add_(self._eps).rsqrt_()
+
+
+class NormedLinear:
+    """Linear layers over one input, behind a norm whose weight the matrix contains. For one token
+    the length is a factor of the product, so that normalising costs one dot product."""
+
+    def __init__(self, norm: nn.Module, *layers: nn.Linear, factor: float = 1.0) -> None:
+        self._norm = PackedNorm(norm)
+        scale = self._norm.scale
+        self._linear = PackedLinear.of(*layers, scale=scale, factor=factor)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x [n, H]` to `[n, O]`."""
+        if self._norm.scale is None:
+            return self._linear(self._norm(x))
+        inverse = self._norm.inverse_length(x)
+        if isinstance(inverse, float):
+            return self._linear.of_one(x, inverse)
+        return self._linear(x * inverse)
+
+
+def is_single(x: Tensor) -> bool:
+    """Whether `x [n, H]` is one token on the CPU, where plain numbers are quicker than tensors."""
+    return x.shape[0] == 1 and x.device.type == "cpu"
 
 
 def is_wide(weight: Tensor) -> bool:

@@ -442,6 +442,15 @@ def tenfold_commands() -> list[CommandSpec]:
             ),
         ),
         CommandSpec(
+            "export",
+            "tenfold_nvium.commands:export",
+            "write a folder that transformers loads without this package",
+            (
+                _CHECKPOINT,
+                Param("out", "path", positional=True, help="new folder; nothing is overwritten"),
+            ),
+        ),
+        CommandSpec(
             "info",
             "tenfold_nvium.commands:info",
             "count parameters, work and the speed bound of a checkpoint or preset",

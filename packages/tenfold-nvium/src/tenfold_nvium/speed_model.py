@@ -75,15 +75,6 @@ class SpeedModel:
         slope = (values[-1] - values[-2]) / (widths[-1] - widths[-2])
         return values[-1] + max(slope, 0.0) * (width - widths[-1])
 
-    def affine(self, segment: int) -> tuple[float, float]:
-        """`(a, b)` of the least-squares line `a + b w` through the segment's costs; `(cost, 0)`
-        when only one width was measured."""
-        table = self.costs[segment]
-        if len(table) == 1:
-            return next(iter(table.values())), 0.0
-        slope, start = np.polyfit(list(table), list(table.values()), 1)
-        return float(start), float(slope)
-
     @property
     def dense(self) -> float:
         """Seconds per token without any exit: every segment on one token."""
@@ -205,8 +196,7 @@ def _fixed(model: NviumForCausalLM, runner: SegmentRunner, states: torch.Tensor)
     started = _now(model.device)
     cache = NviumCache(model.config, 1)
     embed(model, cache, np.zeros(1, dtype=np.int64), [[0]])
-    last = runner.exits[-1]
-    tokens, _ = draw(last.logits(last.normed(states)), Warp(), [0.5])
+    tokens, _ = draw(runner.exits[-1].logits(states), Warp(), [0.5])
     tokens.tolist()
     return _now(model.device) - started
 

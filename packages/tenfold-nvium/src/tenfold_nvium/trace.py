@@ -158,9 +158,5 @@ class DecodeTrace:
                 "tokens": rows}  # fmt: skip
 
     def save(self, path: Path, **facts: Any) -> None:
-        """Writes facts, totals and tokens as JSON, atomically."""
-        rows = [
-            {name: getattr(token, name) for name in TokenTrace.__dataclass_fields__}
-            for token in self.tokens
-        ]
-        write_json(path, {**facts, **self.summary(), "trace": rows})
+        """Writes `document` as a JSON file, atomically."""
+        write_json(path, self.document(**facts))

@@ -260,8 +260,7 @@ class CalmDecoder:
 
     def _logits(self, k: int, states: Tensor) -> Tensor:
         """Head k's logits `[b, V]` on residual streams `[b, H]`."""
-        at_exit = self._runner.exits[k]
-        return at_exit.logits(at_exit.normed(states))
+        return self._runner.exits[k].logits(states)
 
     def _visit(
         self, k: int, states: Tensor, before: Tensor | None

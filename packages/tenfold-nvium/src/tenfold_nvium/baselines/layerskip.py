@@ -162,8 +162,7 @@ class LayerSkipDecoder:
 
     def logits(self, states: Tensor) -> Tensor:
         """The model's head on residual streams `[n, H]` of either depth, `[n, V]`."""
-        last = self._runner.exits[-1]
-        return last.logits(last.normed(states))
+        return self._runner.exits[-1].logits(states)
 
 
 class _Text:

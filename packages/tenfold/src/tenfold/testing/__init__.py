@@ -11,5 +11,6 @@ from __future__ import annotations
 from tenfold.testing.context import FakeContext, RecordedBar
 from tenfold.testing.findings import Finding
 from tenfold.testing.kit import check_model, check_plugin
+from tenfold.testing.processes import launch
 
-__all__ = ["FakeContext", "Finding", "RecordedBar", "check_model", "check_plugin"]
+__all__ = ["FakeContext", "Finding", "RecordedBar", "check_model", "check_plugin", "launch"]
