@@ -1,10 +1,10 @@
-"""Quality on the tiny reference benchmark: LDS and removal of every method, in one run.
+"""Quality on two small benchmarks: LDS, removal and planted duplicates of every method, in one run.
 
     python packages/tenfold-dabgo/benchmarks/bench_quality.py [--out FILE] [--cache FOLDER]
 
 Ground truth are models retrained on 36 half-size subsets (LDS) and without each method's own
 top k (removal). Outcomes of single trainings are kept in the cache folder, so that a stopped
-run goes on. Writes a Markdown table with standard errors.
+run goes on. Writes a Markdown table with 95 % bootstrap intervals over queries.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from reference import Setting, stdlib, tiny  # ty: ignore[import-not-found]
 from tenfold.files import write_text
 from tenfold.workspace import user_cache
 from tenfold_dabgo.attributor import Attributor, BidirectionalAttributor
@@ -27,20 +28,24 @@ from tenfold_dabgo.baselines.trackstar import TrackStarAttributor
 from tenfold_dabgo.baselines.trak import TrakAttributor
 from tenfold_dabgo.baselines.trivial import RandomAttributor
 from tenfold_dabgo.baselines.untrac import UnTracInvAttributor
+from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.evaluation import counterfactual as cf
-from tenfold_dabgo.evaluation.retrain import half_subsets
+from tenfold_dabgo.evaluation.retrain import Retrainer, half_subsets
 from tenfold_dabgo.fisher_estimate import estimate_fisher
 from tenfold_dabgo.perturb import Perturbation
-from tiny import Setting, prepare  # ty: ignore[import-not-found]
+from tenfold_dabgo.queries import Query
+from tenfold_dabgo.weights import load, select_parameters
 
 SUBSETS = 36
 LDS_SEEDS = ((0, 0), (0, 1))
 """Seeds of initialization and order per subset; their mean is the ground truth."""
-REMOVAL_QUERIES = 8
-REMOVAL_K = (10, 30)
+REMOVAL_QUERIES = 16
+REMOVAL_K = {"tiny": (10, 30), "stdlib": (10,)}
+PLANTED_METHODS = ("DABGO recommended", "gradient dot", "TrackStar", "BM25", "random")
 REMOVAL_METHODS = ("DABGO recommended", "DABGO recommended, abs", "BM25", "gradient dot",
                    "TrackStar", "random")  # fmt: skip
-FULL_SEEDS = ((0, 0), (0, 1), (0, 2))
+REMOVAL_SEEDS = ((0, 1), (0, 2))
+"""Not the seeds of the model that wrote the generated queries: it favours its own texts."""
 
 
 def methods(s: Setting) -> dict[str, Attributor]:
@@ -62,7 +67,7 @@ def methods(s: Setting) -> dict[str, Attributor]:
         "gradient dot": GradientAttributor(s.model, s.dataset),
         "gradient cosine": GradientAttributor(s.model, s.dataset, cosine=True),
         "embeddings": EmbeddingAttributor(s.model, s.dataset),
-        "BM25": Bm25Attributor(s.model, s.dataset, split=list),
+        "BM25": Bm25Attributor(s.model, s.dataset, split=s.split),
         "random": RandomAttributor(s.dataset),
     }
 
@@ -108,22 +113,25 @@ def lds_table(s: Setting, scores: dict[str, np.ndarray], cache: Path) -> list[st
 def removal_table(s: Setting, scores: dict[str, np.ndarray], cache: Path) -> list[str]:
     """Rows `method, rise of the query's loss without its top k`, and paired tests."""
     trainer = s.retrainer(cache)
+    trainer.recipe = replace(s.recipe, same_epochs=True)
     chosen = [*range(REMOVAL_QUERIES // 2)]
     chosen += [len(s.generated) + i for i in range(REMOVAL_QUERIES - len(chosen))]
     everything = np.arange(len(s.dataset))
-    full = np.stack([trainer.query_losses(everything, *seeds) for seeds in FULL_SEEDS])
-    lines = ["| method | " + " | ".join(f"k = {k}" for k in REMOVAL_K) + " |"]
-    lines.append("|---" * (len(REMOVAL_K) + 1) + "|")
+    full = np.stack([trainer.query_losses(everything, *seeds) for seeds in REMOVAL_SEEDS])
+    sizes = REMOVAL_K[s.name]
+    lines = ["| method | " + " | ".join(f"k = {k}" for k in sizes) + " |"]
+    lines.append("|---" * (len(sizes) + 1) + "|")
     effects: dict[str, list[np.ndarray]] = {}
-    for name in REMOVAL_METHODS:
-        for k in REMOVAL_K:
+    for k in sizes:
+        for name in REMOVAL_METHODS:
             rises = []
             for q in chosen:
                 kept = np.setdiff1d(everything, cf.removed_samples(scores[name][q], k))
-                reduced = trainer.query_losses(kept)[None, q : q + 1]
-                rises.append(cf.removal_effect(reduced, full[:, q : q + 1])[0])
+                reduced = np.stack([trainer.query_losses(kept, *seeds) for seeds in REMOVAL_SEEDS])
+                rises.append(cf.removal_effect(reduced[:, q : q + 1], full[:, q : q + 1])[0])
             effects.setdefault(name, []).append(np.asarray(rises))
-            print(f"removal: {name}, k = {k}", flush=True)
+            print(f"removal: {name}, k = {k}: {cell(effects[name][-1])}", flush=True)
+    for name in REMOVAL_METHODS:
         lines.append(f"| {name} | {' | '.join(cell(e) for e in effects[name])} |")
     best = effects["DABGO recommended"]
     tests = []
@@ -137,10 +145,65 @@ def removal_table(s: Setting, scores: dict[str, np.ndarray], cache: Path) -> lis
     return lines
 
 
+def planted_table(s: Setting) -> list[str]:
+    """Rows `method, share of queries that find themselves at rank 1, mean reciprocal rank`: the
+    held-out texts are put into the corpus before training and are the queries."""
+    n, texts = len(s.dataset), [q.ids for q in s.held_out]
+    rows = [s.dataset.ids(i).tolist() for i in range(n)] + [list(map(int, t)) for t in texts]
+    dataset = TokenDataset.from_ids(rows)
+    queries = [Query(f"planted-{i}", (), tuple(row)) for i, row in enumerate(rows[n:])]
+    token = s.model.snapshot()
+    try:
+        trained = Retrainer(s.model, dataset, [], s.recipe).train(np.arange(len(dataset)))
+        load(select_parameters(s.model.module()), trained)
+        twin = replace(s, dataset=dataset)
+        found = methods(twin)
+        lines = ["| method | rank 1 | mean reciprocal rank |", "|---|---|---|"]
+        for name in PLANTED_METHODS:
+            ranks = np.array([
+                1 + int((r.values > r.values[n + i]).sum())
+                for i, r in enumerate(found[name].attribute(queries))
+            ])  # fmt: skip
+            lines.append(f"| {name} | {(ranks == 1).mean():.0%} | {(1 / ranks).mean():.3f} |")
+            print(f"planted: {lines[-1]}", flush=True)
+    finally:
+        s.model.restore(token)
+    return lines
+
+
 def cell(per_query: np.ndarray) -> str:
-    """Mean and standard error."""
+    """Mean and 95 % interval."""
     e = cf.estimate(per_query)
-    return f"{e.value:.3f} ± {e.error:.3f}"
+    low, high = e.interval or (np.nan, np.nan)
+    return f"{e.value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def report(s: Setting, cache: Path) -> list[str]:
+    """The section of one setting."""
+    scores = all_scores(s)
+    parameters = sum(p.numel() for p in s.model.module().parameters())
+    return [
+        f"## {s.name}",
+        "",
+        f"{type(s.model.module()).__name__} of {parameters:,} parameters, {len(s.dataset)} samples "
+        f"of up to {s.dataset.lengths.max()} tokens, {s.recipe.steps} steps.",
+        "",
+        f"LDS against {SUBSETS} half-size subsets, {len(LDS_SEEDS)} order seeds each, equal "
+        "epochs.",
+        "",
+        *lds_table(s, scores, cache),
+        "",
+        "Removal: rise of the query's loss (nats/token) after retraining without a method's top k,",
+        f"mean of {len(REMOVAL_SEEDS)} order seeds paired with those of the full set, "
+        f"{REMOVAL_QUERIES} queries (half of them generated), equal epochs.",
+        "",
+        *removal_table(s, scores, cache),
+        "",
+        f"Planted: {len(s.held_out)} texts put into the corpus, each its own query.",
+        "",
+        *planted_table(s),
+        "",
+    ]
 
 
 def main() -> None:
@@ -149,19 +212,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "quality.md")
     parser.add_argument("--cache", type=Path, default=user_cache() / "dabgo-bench")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # 62,784 parameters gain nothing from more
-    setting = prepare()
-    scores = all_scores(setting)
-    lines = ["# Quality on the tiny reference benchmark", ""]
-    lines += [
-        "Mean ± standard error over queries (16 generated, 16 held-out). Ground truth of LDS:"
-    ]
-    lines += [f"{SUBSETS} half-size subsets, {len(LDS_SEEDS)} order seeds each, equal epochs.", ""]
-    lines += lds_table(setting, scores, options.cache)
-    lines += ["", "## Removal", "", "Rise of the query's loss (nats/token) after retraining"]
-    lines += [f"without a method's top k, {REMOVAL_QUERIES} queries, equal optimizer steps.", ""]
-    lines += removal_table(setting, scores, options.cache)
-    write_text(options.out, "\n".join(lines) + "\n")
+    torch.set_num_threads(1)  # so small models gain nothing from more
+    lines = ["# Quality on two small benchmarks", ""]
+    lines += ["Means and 95 % bootstrap intervals over queries. Written by `bench_quality.py`.", ""]
+    for prepare in (tiny, stdlib):
+        lines += report(prepare(), options.cache)
+    write_text(options.out, "\n".join(lines))
     print("\n".join(lines))
 
 
