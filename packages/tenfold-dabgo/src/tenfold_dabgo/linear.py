@@ -68,8 +68,9 @@ def linear_scores(
         if mode == "gradients"
         else _JvpScorer(model, params, directions)
     )
-    for bucket in length_buckets(dataset, chosen, token_budget):
-        batch = token_batch(dataset, bucket, pad_id(model), device_of(model))
+    device = device_of(model)
+    for bucket in length_buckets(dataset, chosen, token_budget, device):
+        batch = token_batch(dataset, bucket, pad_id(model), device)
         out[:, bucket] = score(batch).double().cpu().numpy()
         if advance is not None:
             advance(len(bucket))

@@ -76,11 +76,9 @@ class GradientAttributor:
             squared = np.full(len(self.dataset), np.nan)
             with borrowed(self.model, self.params) as params:
                 gradients = PerSampleGradients(self.model, params)
-                everything = np.arange(len(self.dataset))
-                for bucket in length_buckets(self.dataset, everything, self.token_budget):
-                    batch = token_batch(
-                        self.dataset, bucket, pad_id(self.model), device_of(self.model)
-                    )
+                everything, device = np.arange(len(self.dataset)), device_of(self.model)
+                for bucket in length_buckets(self.dataset, everything, self.token_budget, device):
+                    batch = token_batch(self.dataset, bucket, pad_id(self.model), device)
                     totals = torch.zeros(len(bucket), dtype=torch.float64)
 
                     def consume(name: str, first: int, g: Tensor, totals: Tensor = totals) -> None:
