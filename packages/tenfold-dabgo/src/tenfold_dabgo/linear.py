@@ -20,9 +20,9 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tenfold_dabgo.batches import length_buckets, pad_id, sample_means, token_batch
-from tenfold_dabgo.capture import Use
 from tenfold_dabgo.corpus import TokenDataset
-from tenfold_dabgo.persample import PerSampleGradients, sample_gradients
+from tenfold_dabgo.persample import PerSampleGradients, by_sample
+from tenfold_dabgo.products import use_products
 from tenfold_dabgo.weights import Weights, device_of
 
 MODES = ("gradients", "jvp")
@@ -111,32 +111,11 @@ class _GradientScorer:
 
         if self.gradients.settle(batch) == "capture":
             for name, uses in self.gradients.factors(batch):
-                lookups = [u for u in uses if _is_lookup(u, rows)]
-                for use in lookups:
-                    out += self._lookup(name, use)
-                others = [u for u in uses if not _is_lookup(u, rows)]
-                if others:
-                    shape = torch.Size(self.stacked[name].shape[:-1])
-                    for start, block in sample_gradients(others, shape, batch):
-                        consume(name, start, block)
+                for kind, a, delta in by_sample(uses, batch):
+                    out += use_products(kind, a, delta, self.stacked[name])
         else:
             self.gradients.run(batch, consume)
         return out[:, : self.n_queries].T
-
-    def _lookup(self, name: str, use: Use) -> Tensor:
-        """`sum_t d_it . V[id_it]` without forming a table-sized gradient, `[B, Q]`."""
-        assert use.a is not None
-        assert use.delta is not None
-        out = []
-        for ids, delta in zip(use.a, use.delta, strict=True):
-            used = ids >= 0
-            out.append(torch.einsum("th,thq->q", delta[used], self.stacked[name][ids[used]]))
-        return torch.stack(out)
-
-
-def _is_lookup(use: Use, rows: int) -> bool:
-    """An embedding use with one row of ids per sample."""
-    return use.kind == "gather" and use.a is not None and use.a.dim() == 2 and len(use.a) == rows
 
 
 class _JvpScorer:

@@ -23,8 +23,9 @@ Consume = Callable[[str, int, Tensor], None]
 """Receives (weight name, first row, gradients `[b, *shape]` of rows first..first+b)."""
 
 ROUTES = ("auto", "capture", "loop")
-CHUNK_BYTES = 64 * 2**20
-"""Largest block of per-sample gradients handed over at once."""
+CHUNK_BYTES = 16 * 2**20
+"""Largest block of per-sample gradients handed over at once (one sample's is always allowed).
+Blocks of more than 32 MB would be fresh, unmapped memory each time."""
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}
 """Accepted relative error of the check. Many models normalize in single precision even when
 their weights are double; single precision itself sums thousands of products."""
@@ -152,7 +153,7 @@ def sample_gradients(
     Raises:
         Unsupported: rows of a use cannot be told apart by sample.
     """
-    pieces = [_by_sample(group, batch) for group in _groups(uses)]
+    pieces = by_sample(uses, batch)
     rows = batch.input_ids.shape[0]
     size = shape.numel() * pieces[0][2].element_size()
     block = max(1, min(rows, CHUNK_BYTES // max(size, 1)))
@@ -164,6 +165,15 @@ def sample_gradients(
             total = part if total is None else total.add_(part)
         if total is not None:
             yield first, total
+
+
+def by_sample(uses: list[Use], batch: TokenBatch) -> list[tuple[str, Tensor | None, Tensor]]:
+    """The uses of one weight as `(kind, a [B, R, ...], delta [B, R, O])`: rows by sample.
+
+    Raises:
+        Unsupported: rows of a use cannot be told apart by sample.
+    """
+    return [_by_sample(group, batch) for group in _groups(uses)]
 
 
 def _groups(uses: list[Use]) -> list[list[Use]]:
@@ -239,9 +249,9 @@ def _gradient(kind: str, a: Tensor | None, delta: Tensor, shape: torch.Size) -> 
     if a is None:
         raise Unsupported(f"a {kind} use without its input")
     if kind == "outer":
-        return torch.einsum("bro,bri->boi", delta, a)
+        return torch.bmm(delta.transpose(1, 2), a)
     if kind == "outer-t":
-        return torch.einsum("bri,bro->bio", a, delta)
+        return torch.bmm(a.transpose(1, 2), delta)
     if kind == "scale":
         return (delta * a).sum(dim=1).reshape(-1, *shape)
     out = delta.new_zeros((delta.shape[0], shape[0] + 1, shape[1]))
