@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tenfold_dabgo.batches import length_buckets, pad_id, sample_means, token_batch
 from tenfold_dabgo.corpus import TokenDataset
-from tenfold_dabgo.persample import PerSampleGradients, by_sample
+from tenfold_dabgo.persample import PerSampleGradients
 from tenfold_dabgo.products import use_products
 from tenfold_dabgo.weights import Weights, device_of
 
@@ -109,12 +109,13 @@ class _GradientScorer:
             matrix = self.stacked[name].reshape(-1, self.columns)
             out[start : start + len(block)] += block.reshape(len(block), -1) @ matrix
 
-        if self.gradients.settle(batch) == "capture":
-            for name, uses in self.gradients.factors(batch):
-                for kind, a, delta in by_sample(uses, batch):
-                    out += use_products(kind, a, delta, self.stacked[name])
-        else:
+        captured = self.gradients.captured(batch)
+        if captured is None:
             self.gradients.run(batch, consume)
+        else:
+            for name, pieces in captured[1]:
+                for kind, a, delta in pieces:
+                    out += use_products(kind, a, delta, self.stacked[name])
         return out[:, : self.n_queries].T
 
 
