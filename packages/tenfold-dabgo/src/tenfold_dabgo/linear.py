@@ -8,7 +8,7 @@ derivative of the losses along each v (no backward pass, one pass per query).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -35,7 +35,7 @@ def linear_scores(
     model: Grad,
     params: Mapping[str, nn.Parameter],
     dataset: TokenDataset,
-    directions: Sequence[Weights],
+    directions: Iterable[Weights],
     *,
     mode: str = "gradients",
     indices: Sequence[int] | np.ndarray | None = None,
@@ -49,7 +49,8 @@ def linear_scores(
         model: offers `token_loss` and `module`.
         params: the weights concerned (from `weights.borrowed`).
         dataset: the corpus.
-        directions: v of each query, by parameter name.
+        directions: v of each query, by parameter name; taken one at a time, so that a generator
+            saves the memory of a second copy.
         mode: `gradients` or `jvp`.
         indices: samples to score (default: all).
         token_budget: tokens per batch, padding included.
@@ -62,12 +63,12 @@ def linear_scores(
     if mode not in MODES:
         raise ConfigError(f"linear mode is {mode!r}; known: {', '.join(MODES)}")
     chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices)
-    out = np.full((len(directions), len(dataset)), np.nan)
     score = (
         _GradientScorer(model, params, directions, route)
         if mode == "gradients"
-        else _JvpScorer(model, params, directions)
+        else _JvpScorer(model, params, list(directions))
     )
+    out = np.full((score.n_queries, len(dataset)), np.nan)
     device = device_of(model)
     for bucket in length_buckets(dataset, chosen, token_budget, device):
         batch = token_batch(dataset, bucket, pad_id(model), device)
@@ -84,20 +85,30 @@ class _GradientScorer:
         self,
         model: Grad,
         params: Mapping[str, nn.Parameter],
-        directions: Sequence[Weights],
+        directions: Iterable[Weights],
         route: str,
     ) -> None:
         self.gradients = PerSampleGradients(model, params, route)
-        self.n_queries = len(directions)
-        self.columns = -(-max(len(directions), 1) // QUERY_BLOCK) * QUERY_BLOCK
+        self.n_queries = 0
+        self.columns = 0
         # [*shape, Q]: a lookup in an embedding gives rows for all queries at once.
-        self.stacked = {name: self._stack(name, p, directions) for name, p in params.items()}
+        self.stacked: dict[str, Tensor] = {}
+        for direction in directions:
+            if self.n_queries == self.columns:
+                self._widen(params)
+            for name in params:
+                self.stacked[name][..., self.n_queries] = direction[name]
+            self.n_queries += 1
+        if not self.stacked:
+            self._widen(params)
 
-    def _stack(self, name: str, p: Tensor, directions: Sequence[Weights]) -> Tensor:
-        out = torch.zeros((*p.shape, self.columns), dtype=p.dtype, device=p.device)
-        for q, direction in enumerate(directions):
-            out[..., q] = direction[name]
-        return out
+    def _widen(self, params: Mapping[str, nn.Parameter]) -> None:
+        self.columns += QUERY_BLOCK
+        for name, p in params.items():
+            wider = torch.zeros((*p.shape, self.columns), dtype=p.dtype, device=p.device)
+            if name in self.stacked:
+                wider[..., : self.n_queries] = self.stacked[name]
+            self.stacked[name] = wider
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         """`[Q, B]` inner products."""
@@ -128,6 +139,7 @@ class _JvpScorer:
         self.model = model
         self.params = params
         self.directions = directions
+        self.n_queries = len(directions)
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         """`[Q, B]` directional derivatives of the samples' mean losses."""
