@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 
 import numpy as np
@@ -109,7 +110,8 @@ def test_kronfluence_diagonal_is_the_damped_diagonal_fisher(setting):
 def test_kronfluence_ekfac_finds_the_copy_of_a_query(setting):
     model, dataset = setting
     query = Query("copy", (), tuple(dataset.ids(6).tolist()))
-    result = next(iter(KronfluenceAttributor(model, dataset).attribute([query])))
+    fresh = CausalLM(copy.deepcopy(model.module()), model.tokenizer)  # never called before
+    result = next(iter(KronfluenceAttributor(fresh, dataset).attribute([query])))
     assert result.topk(1)[0].index == 6
 
 

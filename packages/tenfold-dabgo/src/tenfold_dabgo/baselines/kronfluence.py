@@ -111,6 +111,8 @@ class KronfluenceAttributor:
         from kronfluence.utils.dataset import DataLoaderKwargs  # ty: ignore[import-not-found]
 
         model = copy.deepcopy(self.model)
+        with torch.no_grad():  # what models find out at their first call, before layers change
+            model.token_loss(queries[0].batch(next(model.module().parameters()).device))
         task = _task(model, self.layers())
         # Similar lengths side by side, so that it pads as little as the others.
         usable = np.flatnonzero(self.dataset.scorable)
