@@ -156,7 +156,8 @@ def test_prompts_without_text_explain_what_to_do(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", [name for name in METHODS if name not in ("dabgo", "embeddings")]
+    "method",
+    [name for name in METHODS if name not in ("dabgo", "embeddings", "bergson", "kronfluence")],
 )
 def test_every_method_fills_the_same_items_and_report(model, tmp_path, method):
     ctx, evaluator, results = evaluate(model, tmp_path, query_set("abcdefgh"), method=method)

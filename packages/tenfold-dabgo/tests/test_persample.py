@@ -133,3 +133,33 @@ def test_genuine_pad_tokens_inside_a_text_count(make):
     expected = brute(model, batch)
     _, got, _ = collect(model, batch, "capture")
     torch.testing.assert_close(got["transformer.wte.weight"], expected["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_heads_that_share_a_weight_are_not_mistaken_for_fewer_passes(make, chunk):
+    """Four passes over 12 of 16 positions have as many rows as three passes over all of them."""
+    model = make.gpt2(dtype=torch.float64)
+    ids = torch.randint(1, 40, (2, 8), generator=torch.Generator().manual_seed(0))
+    keep = torch.ones_like(ids)
+    keep[1, 6:] = 0
+    batch = TokenBatch(ids, keep)
+    assert int(scored_positions(batch).sum()) == 12
+
+    def token_loss(batch):
+        hidden = model.model.transformer(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask
+        ).last_hidden_state
+        mask, total = scored_positions(batch), 0.0
+        for scale in (1.0, 0.5, -0.3, 2.0):
+            rows = (hidden * scale)[:, :-1][mask[:, 1:]]
+            parts = [F.linear(p, model.model.lm_head.weight) for p in rows.split(chunk or 99)]
+            targets = batch.input_ids[:, 1:][mask[:, 1:]]
+            total = total + F.cross_entropy(torch.cat(parts), targets, reduction="none")
+        return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, total)
+
+    model.token_loss = token_loss
+    expected = brute(model, batch)
+    _, got, used = collect(model, batch, "auto")
+    assert used.route == "capture", used.reason
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12)

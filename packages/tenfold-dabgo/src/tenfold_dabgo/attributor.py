@@ -112,7 +112,7 @@ class BidirectionalAttributor:
     def first_order(self, queries: Sequence[Query]) -> np.ndarray:
         """`[Q, N]` inner products `<g_i, Pi g_x>`, all queries in one pass."""
         with borrowed(self.model, self.perturbation.params) as params:
-            directions = [self._direction(params, query) for query in queries]
+            directions = (self._direction(params, query) for query in queries)
             with self.progress("first-order scores", len(self.dataset), "samples") as bar:
                 return linear_scores(
                     self.model,
@@ -163,7 +163,7 @@ class BidirectionalAttributor:
                 picked = pre.candidates(linear, self.prefilter, self.seed, max(self.token_top, 1))
             table = self._corpus_pass(passes, query, picked)
             values = table.means["ascent"] - table.means["descent"]
-            noise = noise_floor(passes, base, values)
+            noise = noise_floor(passes, base, values, table.means)
             warnings += [noise.warning()] if noise.warning() else []
             result = AttributionResult(query.id, "dabgo", self.dataset, values, dict(table.means))
             if picked is not None and linear is not None:

@@ -90,7 +90,7 @@ def estimate_fisher(
             model, weights, route, reduction="mean" if kind in ("sample_mean", "sampled") else "sum"
         )
         add = _add_token_squares if kind == "token" else _add_sample_squares
-        buckets = length_buckets(texts, np.arange(len(texts)), token_budget)
+        buckets = length_buckets(texts, np.arange(len(texts)), token_budget, device_of(model))
         for number, bucket in enumerate(buckets):
             if number < partial.batches_done:
                 continue
@@ -189,5 +189,5 @@ def _token_squares(use: Use, shape: torch.Size) -> Tensor:
 
 
 def _key(facts: FisherFacts, chosen: TokenDataset, params: str, token_budget: int) -> str:
-    text = f"{facts}|{chosen.content_hash()}|{params}|{token_budget}"
+    text = f"{facts}|{chosen.content_hash()}|{params}|{token_budget}|cheapest cuts"
     return hashlib.sha256(text.encode()).hexdigest()[:16]

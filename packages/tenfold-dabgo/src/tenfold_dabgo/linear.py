@@ -8,7 +8,7 @@ derivative of the losses along each v (no backward pass, one pass per query).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,9 +20,9 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tenfold_dabgo.batches import length_buckets, pad_id, sample_means, token_batch
-from tenfold_dabgo.capture import Use
 from tenfold_dabgo.corpus import TokenDataset
-from tenfold_dabgo.persample import PerSampleGradients, sample_gradients
+from tenfold_dabgo.persample import PerSampleGradients
+from tenfold_dabgo.products import use_products
 from tenfold_dabgo.weights import Weights, device_of
 
 MODES = ("gradients", "jvp")
@@ -35,7 +35,7 @@ def linear_scores(
     model: Grad,
     params: Mapping[str, nn.Parameter],
     dataset: TokenDataset,
-    directions: Sequence[Weights],
+    directions: Iterable[Weights],
     *,
     mode: str = "gradients",
     indices: Sequence[int] | np.ndarray | None = None,
@@ -49,7 +49,8 @@ def linear_scores(
         model: offers `token_loss` and `module`.
         params: the weights concerned (from `weights.borrowed`).
         dataset: the corpus.
-        directions: v of each query, by parameter name.
+        directions: v of each query, by parameter name; taken one at a time, so that a generator
+            saves the memory of a second copy.
         mode: `gradients` or `jvp`.
         indices: samples to score (default: all).
         token_budget: tokens per batch, padding included.
@@ -62,14 +63,15 @@ def linear_scores(
     if mode not in MODES:
         raise ConfigError(f"linear mode is {mode!r}; known: {', '.join(MODES)}")
     chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices)
-    out = np.full((len(directions), len(dataset)), np.nan)
     score = (
         _GradientScorer(model, params, directions, route)
         if mode == "gradients"
-        else _JvpScorer(model, params, directions)
+        else _JvpScorer(model, params, list(directions))
     )
-    for bucket in length_buckets(dataset, chosen, token_budget):
-        batch = token_batch(dataset, bucket, pad_id(model), device_of(model))
+    out = np.full((score.n_queries, len(dataset)), np.nan)
+    device = device_of(model)
+    for bucket in length_buckets(dataset, chosen, token_budget, device):
+        batch = token_batch(dataset, bucket, pad_id(model), device)
         out[:, bucket] = score(batch).double().cpu().numpy()
         if advance is not None:
             advance(len(bucket))
@@ -83,20 +85,30 @@ class _GradientScorer:
         self,
         model: Grad,
         params: Mapping[str, nn.Parameter],
-        directions: Sequence[Weights],
+        directions: Iterable[Weights],
         route: str,
     ) -> None:
         self.gradients = PerSampleGradients(model, params, route)
-        self.n_queries = len(directions)
-        self.columns = -(-max(len(directions), 1) // QUERY_BLOCK) * QUERY_BLOCK
+        self.n_queries = 0
+        self.columns = 0
         # [*shape, Q]: a lookup in an embedding gives rows for all queries at once.
-        self.stacked = {name: self._stack(name, p, directions) for name, p in params.items()}
+        self.stacked: dict[str, Tensor] = {}
+        for direction in directions:
+            if self.n_queries == self.columns:
+                self._widen(params)
+            for name in params:
+                self.stacked[name][..., self.n_queries] = direction[name]
+            self.n_queries += 1
+        if not self.stacked:
+            self._widen(params)
 
-    def _stack(self, name: str, p: Tensor, directions: Sequence[Weights]) -> Tensor:
-        out = torch.zeros((*p.shape, self.columns), dtype=p.dtype, device=p.device)
-        for q, direction in enumerate(directions):
-            out[..., q] = direction[name]
-        return out
+    def _widen(self, params: Mapping[str, nn.Parameter]) -> None:
+        self.columns += QUERY_BLOCK
+        for name, p in params.items():
+            wider = torch.zeros((*p.shape, self.columns), dtype=p.dtype, device=p.device)
+            if name in self.stacked:
+                wider[..., : self.n_queries] = self.stacked[name]
+            self.stacked[name] = wider
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         """`[Q, B]` inner products."""
@@ -108,34 +120,14 @@ class _GradientScorer:
             matrix = self.stacked[name].reshape(-1, self.columns)
             out[start : start + len(block)] += block.reshape(len(block), -1) @ matrix
 
-        if self.gradients.settle(batch) == "capture":
-            for name, uses in self.gradients.factors(batch):
-                lookups = [u for u in uses if _is_lookup(u, rows)]
-                for use in lookups:
-                    out += self._lookup(name, use)
-                others = [u for u in uses if not _is_lookup(u, rows)]
-                if others:
-                    shape = torch.Size(self.stacked[name].shape[:-1])
-                    for start, block in sample_gradients(others, shape, batch):
-                        consume(name, start, block)
-        else:
+        captured = self.gradients.captured(batch)
+        if captured is None:
             self.gradients.run(batch, consume)
+        else:
+            for name, pieces in captured[1]:
+                for kind, a, delta in pieces:
+                    out += use_products(kind, a, delta, self.stacked[name])
         return out[:, : self.n_queries].T
-
-    def _lookup(self, name: str, use: Use) -> Tensor:
-        """`sum_t d_it . V[id_it]` without forming a table-sized gradient, `[B, Q]`."""
-        assert use.a is not None
-        assert use.delta is not None
-        out = []
-        for ids, delta in zip(use.a, use.delta, strict=True):
-            used = ids >= 0
-            out.append(torch.einsum("th,thq->q", delta[used], self.stacked[name][ids[used]]))
-        return torch.stack(out)
-
-
-def _is_lookup(use: Use, rows: int) -> bool:
-    """An embedding use with one row of ids per sample."""
-    return use.kind == "gather" and use.a is not None and use.a.dim() == 2 and len(use.a) == rows
 
 
 class _JvpScorer:
@@ -147,6 +139,7 @@ class _JvpScorer:
         self.model = model
         self.params = params
         self.directions = directions
+        self.n_queries = len(directions)
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         """`[Q, B]` directional derivatives of the samples' mean losses."""

@@ -1,8 +1,9 @@
 """The training-loss pass: every sample's loss under several sets of weights.
 
 For each batch the ids are loaded once and the weight sets follow one another, so that both
-directions see the same batch (their rounding is paired). Results go to shards on disk when a
-store is given, and a killed pass goes on with the first missing shard.
+directions see the same batch (their rounding is paired). Every second batch takes the sets in
+the opposite order, so that the weights change once per batch. Results go to shards on disk when
+a store is given, and a killed pass goes on with the first missing shard.
 """
 
 from __future__ import annotations
@@ -122,16 +123,16 @@ class LossPass:
 
     def _batches(self, part: np.ndarray) -> Iterator[Batch]:
         device = next(iter(self.params.values())).device
-        only = next(iter(self.variants.values())) if len(self.variants) == 1 else None
-        if only is not None:
-            load(self.params, only)
-        for bucket in length_buckets(self.dataset, part, self.token_budget):
+        names, loaded = list(self.variants), ""
+        for bucket in length_buckets(self.dataset, part, self.token_budget, device):
             batch = token_batch(self.dataset, bucket, pad_id(self.model), device)
             losses = {}
-            for name, weights in self.variants.items():
-                if only is None:
-                    load(self.params, weights)
+            for name in names:
+                if name != loaded:
+                    load(self.params, self.variants[name])
+                    loaded = name
                 losses[name] = token_losses(self.model, batch, self.precision).cpu().numpy()
+            names.reverse()
             yield bucket, losses, scored_positions(batch).cpu().numpy()
 
 
@@ -141,9 +142,9 @@ Batch = tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]
 
 def token_losses(model: Grad, batch: TokenBatch, precision: str = "float32") -> Tensor:
     """`[B, T]` token losses without a graph, float64 for float64 models, else float32."""
-    with torch.no_grad(), _autocast(batch.input_ids.device.type, precision):
+    with torch.inference_mode(), _autocast(batch.input_ids.device.type, precision):
         values = model.token_loss(batch)
-    return values if values.dtype == torch.float64 else values.float()
+        return values if values.dtype == torch.float64 else values.float()
 
 
 def _autocast(device: str, precision: str) -> AbstractContextManager[object]:

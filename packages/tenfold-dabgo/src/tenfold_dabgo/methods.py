@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tenfold_dabgo.attributor import Attributor, BidirectionalAttributor, Progress, no_progress
+from tenfold_dabgo.baselines.bergson import BergsonAttributor
 from tenfold_dabgo.baselines.bm25 import Bm25Attributor
 from tenfold_dabgo.baselines.datainf import DataInfAttributor
 from tenfold_dabgo.baselines.embeddings import EmbeddingAttributor
 from tenfold_dabgo.baselines.gradient import GradientAttributor
+from tenfold_dabgo.baselines.kronfluence import KronfluenceAttributor
 from tenfold_dabgo.baselines.trackstar import TrackStarAttributor
 from tenfold_dabgo.baselines.trak import TrakAttributor
 from tenfold_dabgo.baselines.trivial import PerplexityAttributor, RandomAttributor
@@ -71,6 +73,9 @@ def make_attributor(
         )
     if name == "embeddings":
         return EmbeddingAttributor(model, dataset, token_budget=settings.token_budget)
+    if name in ("bergson", "kronfluence"):
+        peer = BergsonAttributor if name == "bergson" else KronfluenceAttributor
+        return peer(model, dataset, token_budget=settings.token_budget, progress=progress)
     if name == "random":
         return RandomAttributor(dataset, settings.seed)
     if name == "perplexity":

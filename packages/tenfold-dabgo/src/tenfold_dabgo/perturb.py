@@ -218,6 +218,7 @@ def _walk(
     load(params, base)
     rule.reset()
     trace: list[TraceStep] = []
+    scales = _scales({name: base[name] for name in params})
     devices = sorted({p.device.index or 0 for p in params.values() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(settings.seed)
@@ -225,7 +226,7 @@ def _walk(
             with torch.enable_grad():
                 value = loss()
             _guard(value, step, sign, trace, limit)
-            trace.append(_state(step, value, params, base, kl if step else None))
+            trace.append(_state(step, value, params, base, scales, kl))
             if step < settings.steps:
                 rule.step(gradient(params, value), sign)
     moved = copy_of(params)
@@ -252,16 +253,27 @@ def _state(
     value: Tensor,
     params: Mapping[str, Tensor],
     base: Weights,
+    scales: list[float],
     kl: Callable[[], float] | None,
 ) -> TraceStep:
-    squared, largest = 0.0, 0.0
-    for name, p in params.items():
-        change = p.detach() - base[name]
-        squared += float(change.double().square().sum())
-        scale = float(base[name].double().square().mean().sqrt()) or 1.0
-        largest = max(largest, float(change.abs().max()) / scale if change.numel() else 0.0)
-    divergence = 0.0 if step == 0 else (kl() if kl is not None else None)
+    """The trace's entry; `scales` are the root mean squares of the tensors of `base`."""
+    if step == 0:
+        return TraceStep(0, float(value.detach()), 0.0, 0.0, 0.0)
+    changes = torch._foreach_sub([p.detach() for p in params.values()], [base[n] for n in params])
+    squared = math.fsum(float(x) ** 2 for x in torch._foreach_norm(changes))
+    peaks = torch._foreach_norm(changes, math.inf)
+    largest = max((float(x) / s for x, s in zip(peaks, scales, strict=True)), default=0.0)
+    divergence = kl() if kl is not None else None
     return TraceStep(step, float(value.detach()), math.sqrt(squared), largest, divergence)
+
+
+def _scales(base: Weights) -> list[float]:
+    """Root mean square of each tensor; 1 where it is zero."""
+    norms = torch._foreach_norm(list(base.values()))
+    return [
+        float(x) / math.sqrt(max(b.numel(), 1)) or 1.0
+        for x, b in zip(norms, base.values(), strict=True)
+    ]
 
 
 def gradient(params: Mapping[str, Tensor], loss: Tensor) -> Weights:

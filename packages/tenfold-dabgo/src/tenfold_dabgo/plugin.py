@@ -7,7 +7,7 @@ from tenfold.spec import ComponentSpec, Param, PluginInfo
 
 _METHODS = (
     "dabgo", "bm25", "gradient-dot", "gradient-cosine", "trackstar", "trak", "datainf",
-    "untrac-inv", "embeddings", "perplexity", "random",
+    "untrac-inv", "embeddings", "perplexity", "random", "bergson", "kronfluence",
 )  # fmt: skip
 
 _STEPS = (

@@ -7,6 +7,7 @@ same numbers, so the difference is noise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from tenfold_dabgo.losses import LossPass
 from tenfold_dabgo.scores import spearman
 from tenfold_dabgo.weights import Weights
 
-PROBE_SAMPLES = 16
+PROBE_SAMPLES = 8
 LOW_PRECISION_PROBE = 256
 SAFE_RATIO = 10.0
 """Below this ratio of a typical score to the noise, rankings of typical samples are doubtful."""
@@ -51,31 +52,44 @@ class NoiseReport:
         )
 
 
-def probe_indices(dataset: TokenDataset, count: int) -> np.ndarray:
-    """Evenly spaced scorable samples."""
-    usable = np.flatnonzero(dataset.scorable)
+def probe_indices(dataset: TokenDataset, count: int, among: np.ndarray | None = None) -> np.ndarray:
+    """Evenly spaced scorable samples, `among [N]` (bool) where given."""
+    usable = np.flatnonzero(dataset.scorable if among is None else dataset.scorable & among)
     picks = np.linspace(0, max(len(usable) - 1, 0), min(count, len(usable)))
     return usable[np.unique(picks.round().astype(int))] if len(usable) else usable
 
 
-def noise_floor(passes: LossPass, base: Weights, scores: np.ndarray) -> NoiseReport:
+def noise_floor(
+    passes: LossPass,
+    base: Weights,
+    scores: np.ndarray,
+    means: Mapping[str, np.ndarray] | None = None,
+) -> NoiseReport:
     """Measures the noise of `scores [N]`, the differences of a pass's two weight sets.
+
+    A few samples are evaluated again, each alone; `means` are the losses that the pass found
+    for them in its batches (evaluated again when left out).
 
     Raises:
         RunFailed: every score is zero or the same: the step is below what the number format
             can show; names the floor.
     """
     dataset = passes.dataset
-    probe = probe_indices(dataset, PROBE_SAMPLES)
-    batched = passes.run(probe).means
-    single = replace(passes, token_budget=1).run(probe).means
+    known = scores[np.isfinite(scores)]
+    probe = probe_indices(dataset, PROBE_SAMPLES, np.isfinite(scores))
+    batched = passes.run(probe).means if means is None else means
+    single = {  # one set after the other: the weights change once
+        name: replace(passes, variants={name: passes.variants[name]}, token_budget=1)
+        .run(probe)
+        .means[name]
+        for name in ("ascent", "descent")
+    }
     differences = [(m["ascent"] - m["descent"])[probe] for m in (batched, single)]
     level = float(np.nanmean(np.abs(batched["ascent"][probe])))
     # Rounding of one token's loss, averaged over a sample: never report less than this.
     epsilon = torch.finfo(next(iter(passes.params.values())).dtype).eps
     least = epsilon * level / np.sqrt(max(float(dataset.n_scored[probe].mean()), 1.0))
     floor = max(float(np.sqrt(np.nanmean((differences[0] - differences[1]) ** 2))), least)
-    known = scores[np.isfinite(scores)]
     moved = _share_moved(base, passes.variants["ascent"], passes.variants["descent"])
     median = float(np.median(np.abs(known))) if known.size else 0.0
     if known.size > 1 and float(np.ptp(known)) == 0.0 and moved < 1.0:

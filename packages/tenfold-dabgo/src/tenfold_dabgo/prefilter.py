@@ -12,10 +12,11 @@ from tenfold.seeds import derive
 
 from tenfold_dabgo.scores import spearman
 
-OPPONENT_SHARE = 0.25
+OPPONENT_SHARE = 0.1
 """Opponent candidates per proponent candidate."""
-CHECK_SAMPLES = 64
-"""Random samples scored exactly as well, to estimate the recall."""
+CHECK_SHARE, CHECK_LEAST, CHECK_MOST = 0.02, 16, 64
+"""Samples outside the candidates that are scored exactly as well, to estimate the recall: this
+share of the corpus, within these bounds."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,22 @@ class Candidates:
 
     chosen: np.ndarray
     """Sorted indices of all samples to score exactly."""
-    check: np.ndarray
-    """The random part of them, drawn from the whole corpus."""
-    share: float
+    top: np.ndarray
+    """The proponent candidates."""
+    strata: tuple[tuple[np.ndarray, int], ...]
+    """The check, drawn in two parts from what lies below the proponent candidates: as many just
+    below as there are candidates, and the rest. Drawn samples, and how many they stand for."""
+
+    @property
+    def check(self) -> np.ndarray:
+        """All check samples."""
+        return np.concatenate([drawn for drawn, _ in self.strata])
 
 
 @dataclass(frozen=True, slots=True)
 class PrefilterReport:
     """How the prefilter did: samples scored exactly, rank correlation of first-order and exact
-    scores on the random check, and the estimated recall of the exact top k."""
+    scores over them, and the estimated recall of the exact top k."""
 
     scored_exactly: int
     of: int
@@ -51,8 +59,9 @@ class PrefilterReport:
 def candidates(linear: np.ndarray, share: float, seed: int, at_least: int = 1) -> Candidates:
     """Picks samples from first-order scores `[N]` (NaN: not scorable).
 
-    The top `share` of the corpus, a quarter as many from the bottom (at least `at_least` each),
-    and `CHECK_SAMPLES` at random.
+    The top `share` of the corpus, a tenth as many from the bottom (at least `at_least` each),
+    and a random check. Missed winners mostly lie just below the candidates, so half of the
+    check is drawn there.
 
     Raises:
         ConfigError: share outside (0, 1].
@@ -64,37 +73,40 @@ def candidates(linear: np.ndarray, share: float, seed: int, at_least: int = 1) -
     top = max(math.ceil(share * len(usable)), at_least)
     bottom = max(math.ceil(OPPONENT_SHARE * share * len(usable)), at_least)
     generator = np.random.default_rng(derive(seed, "prefilter-check"))
-    size = min(CHECK_SAMPLES, len(usable))
-    check = np.sort(generator.choice(usable, size=size, replace=False)) if size else usable
-    chosen = np.unique(np.concatenate([order[:top], order[-bottom:] if bottom else [], check]))
-    return Candidates(chosen.astype(np.int64), check, share)
+    size = min(max(math.ceil(CHECK_SHARE * len(usable)), CHECK_LEAST), CHECK_MOST) // 2
+    strata = []
+    for part in (order[top : 2 * top], order[2 * top :]):
+        drawn = generator.choice(part, size=min(size, len(part)), replace=False)
+        strata.append((np.sort(drawn), len(part)))
+    lowest = order[max(len(order) - bottom, 0) :]
+    chosen = np.unique(np.concatenate([order[:top], lowest, *(drawn for drawn, _ in strata)]))
+    return Candidates(chosen.astype(np.int64), np.sort(order[:top]), tuple(strata))
 
 
 def report(linear: np.ndarray, exact: np.ndarray, picked: Candidates, k: int) -> PrefilterReport:
-    """Judges the prefilter by its random check.
-
-    A check sample outside the first-order candidates whose exact score would enter the top k
-    stands for `N / len(check)` missed ones.
-    """
+    """Judges the prefilter by its random check."""
     usable = int(np.isfinite(linear).sum())
-    top = np.sort(exact[picked.chosen][np.isfinite(exact[picked.chosen])])[::-1][:k]
-    threshold = top[-1] if len(top) else np.inf
-    first_order = candidates_only(linear, picked.share)
-    outside = np.setdiff1d(picked.check, first_order)
-    missed = float((exact[outside] >= threshold).sum()) * usable / max(len(picked.check), 1)
-    found = float(np.isin(np.flatnonzero(exact >= threshold), first_order).sum())
-    recall = found / (found + missed) if found + missed > 0 else float("nan")
     return PrefilterReport(
         scored_exactly=len(picked.chosen),
         of=usable,
-        correlation=spearman(linear[picked.check], exact[picked.check]),
-        recall=recall,
+        correlation=spearman(linear[picked.chosen], exact[picked.chosen]),
+        recall=estimated_recall(exact, picked, min(k, usable)),
         k=k,
     )
 
 
-def candidates_only(linear: np.ndarray, share: float) -> np.ndarray:
-    """The top `share` by first-order score, without the random check."""
-    usable = np.flatnonzero(np.isfinite(linear))
-    order = usable[np.argsort(-linear[usable], kind="stable")]
-    return order[: max(math.ceil(share * len(usable)), 1)]
+def estimated_recall(exact: np.ndarray, picked: Candidates, k: int) -> float:
+    """Share of the exact top `k` that the proponent candidates hold.
+
+    Candidates and check are ranked together, with each check sample standing for as many as its
+    stratum is larger than its check; exact when the check is everything else.
+    """
+    groups = [(picked.top, 1.0)]
+    groups += [(drawn, total / max(len(drawn), 1)) for drawn, total in picked.strata]
+    scores = np.concatenate([exact[part] for part, _ in groups])
+    weights = np.concatenate([np.full(len(part), weight) for part, weight in groups])
+    mine = np.arange(len(scores)) < len(picked.top)
+    order = np.argsort(-scores, kind="stable")
+    reached = np.minimum(np.cumsum(weights[order]), k)
+    taken = np.diff(reached, prepend=0.0)
+    return float(taken[mine[order]].sum() / k) if k else float("nan")

@@ -32,6 +32,8 @@ METHODS = (
     "embeddings",
     "perplexity",
     "random",
+    "bergson",
+    "kronfluence",
 )
 
 

@@ -85,10 +85,11 @@ class DataInfAttributor:
         gradients = PerSampleGradients(self.model, params)
         n = int(self.dataset.scorable.sum())
         with self.progress("datainf: curvature", n, "samples") as bar:
+            device = device_of(self.model)
             for bucket in length_buckets(
-                self.dataset, np.arange(len(self.dataset)), self.token_budget
+                self.dataset, np.arange(len(self.dataset)), self.token_budget, device
             ):
-                batch = token_batch(self.dataset, bucket, pad_id(self.model), device_of(self.model))
+                batch = token_batch(self.dataset, bucket, pad_id(self.model), device)
                 gradients.run(batch, consume)
                 bar.advance(len(bucket))
         out: list[Weights] = []

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from tenfold.capabilities import Grad
-from torch import Tensor
+from torch import Tensor, nn
 
 from tenfold_dabgo.attributor import Progress, blocks, no_progress, query_loss
 from tenfold_dabgo.batches import length_buckets, pad_id, token_batch
@@ -18,7 +18,7 @@ from tenfold_dabgo.persample import PerSampleGradients
 from tenfold_dabgo.perturb import gradient
 from tenfold_dabgo.queries import Query
 from tenfold_dabgo.scores import AttributionResult
-from tenfold_dabgo.weights import borrowed, device_of
+from tenfold_dabgo.weights import Weights, borrowed, device_of
 
 
 @dataclass
@@ -51,7 +51,8 @@ class GradientAttributor:
         """One result per query; up to 16 queries share a pass over the corpus."""
         for block in blocks(queries, QUERY_BLOCK):
             with borrowed(self.model, self.params) as params:
-                directions = [gradient(params, query_loss(self.model, q)()) for q in block]
+                sizes: list[float] = []
+                directions = self._directions(params, block, sizes)
                 with self.progress(self.name, len(self.dataset), "samples") as bar:
                     scores = linear_scores(
                         self.model,
@@ -62,13 +63,19 @@ class GradientAttributor:
                         advance=bar.advance,
                     )
             if self.cosine:
-                sizes = [
-                    sum(float(g.double().square().sum()) for g in d.values()) for d in directions
-                ]
                 scores = scores / (np.sqrt(sizes)[:, None] * self._sample_norms())
             for query, values in zip(block, scores, strict=True):
                 unit = "cosine" if self.cosine else "squared gradient"
                 yield AttributionResult(query.id, self.name, self.dataset, values, unit=unit)
+
+    def _directions(
+        self, params: Mapping[str, nn.Parameter], block: Sequence[Query], sizes: list[float]
+    ) -> Iterator[Weights]:
+        """Each query's gradient in turn; its squared norm goes to `sizes`."""
+        for query in block:
+            found = gradient(params, query_loss(self.model, query)())
+            sizes.append(sum(float(g.double().square().sum()) for g in found.values()))
+            yield found
 
     def _sample_norms(self) -> np.ndarray:
         """`[N]` norms of the samples' gradients, computed once."""
@@ -76,11 +83,9 @@ class GradientAttributor:
             squared = np.full(len(self.dataset), np.nan)
             with borrowed(self.model, self.params) as params:
                 gradients = PerSampleGradients(self.model, params)
-                everything = np.arange(len(self.dataset))
-                for bucket in length_buckets(self.dataset, everything, self.token_budget):
-                    batch = token_batch(
-                        self.dataset, bucket, pad_id(self.model), device_of(self.model)
-                    )
+                everything, device = np.arange(len(self.dataset)), device_of(self.model)
+                for bucket in length_buckets(self.dataset, everything, self.token_budget, device):
+                    batch = token_batch(self.dataset, bucket, pad_id(self.model), device)
                     totals = torch.zeros(len(bucket), dtype=torch.float64)
 
                     def consume(name: str, first: int, g: Tensor, totals: Tensor = totals) -> None:

@@ -68,8 +68,9 @@ class Projector:
         out: dict[str, np.ndarray] = {}
         with borrowed(self.model) as params:
             gradients = self._gradients(params)
-            for bucket in length_buckets(dataset, np.arange(len(dataset)), self.token_budget):
-                batch = token_batch(dataset, bucket, pad_id(self.model), device_of(self.model))
+            everything, device = np.arange(len(dataset)), device_of(self.model)
+            for bucket in length_buckets(dataset, everything, self.token_budget, device):
+                batch = token_batch(dataset, bucket, pad_id(self.model), device)
                 for name, block in self._features(gradients, batch).items():
                     rows = out.setdefault(
                         name, np.full((len(dataset), block.shape[1]), np.nan, dtype=np.float32)
