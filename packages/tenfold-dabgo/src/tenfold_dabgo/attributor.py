@@ -22,7 +22,7 @@ from tenfold.seeds import content_hash
 from torch import Tensor, nn
 
 from tenfold_dabgo import prefilter as pre
-from tenfold_dabgo.batches import sample_means
+from tenfold_dabgo.batches import length_buckets, sample_means
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.divergence import kl_to_now
 from tenfold_dabgo.fisher import FisherDiagonal
@@ -34,6 +34,7 @@ from tenfold_dabgo.precision import low_precision_agrees, noise_floor
 from tenfold_dabgo.queries import Query
 from tenfold_dabgo.scores import DIRECTIONS, AttributionResult
 from tenfold_dabgo.shards import ShardStore
+from tenfold_dabgo.team import ALONE, Team
 from tenfold_dabgo.weights import Weights, borrowed, copy_of, device_of, fingerprint
 
 T = TypeVar("T")
@@ -79,6 +80,8 @@ class BidirectionalAttributor:
         work_dir: folder for shards of unfinished passes, of `shard_samples` samples each.
         model_hash: the model's fingerprint, when it is known already.
         progress: progress bars.
+        team: the processes that share the corpus; all of them score the same queries.
+        force: discard shards of another model, corpus or setting instead of refusing them.
     """
 
     model: Grad
@@ -96,6 +99,8 @@ class BidirectionalAttributor:
     shard_samples: int = SHARD_SAMPLES
     progress: Progress = no_progress
     model_hash: str = ""
+    team: Team = ALONE
+    force: bool = False
     _base: np.ndarray | None = field(default=None, init=False, repr=False)
 
     def attribute(self, queries: Iterable[Query]) -> Iterator[AttributionResult]:
@@ -113,15 +118,30 @@ class BidirectionalAttributor:
         """`[Q, N]` inner products `<g_i, Pi g_x>`, all queries in one pass."""
         with borrowed(self.model, self.perturbation.params) as params:
             directions = [self._direction(params, query) for query in queries]
+            budget = max(self.token_budget // 2, 1)
             with self.progress("first-order scores", len(self.dataset), "samples") as bar:
-                return linear_scores(
+                scores = linear_scores(
                     self.model,
                     params,
                     self.dataset,
                     directions,
-                    token_budget=max(self.token_budget // 2, 1),
+                    indices=self._share(budget),
+                    token_budget=budget,
                     advance=bar.advance,
                 )
+        if not self.team.alone:
+            parts = np.stack(self.team.gather(scores))
+            known = np.isfinite(parts)
+            scores = np.where(known.any(axis=0), np.where(known, parts, 0.0).sum(axis=0), np.nan)
+        return scores
+
+    def _share(self, budget: int) -> np.ndarray | None:
+        """The samples whose first-order scores this process computes; None for all."""
+        if self.team.alone:
+            return None
+        everything = np.arange(len(self.dataset))
+        mine = self.team.mine(length_buckets(self.dataset, everything, budget))
+        return np.concatenate([np.zeros(0, dtype=np.int64), *mine])
 
     def _direction(self, params: Mapping[str, nn.Parameter], query: Query) -> Weights:
         """v = Pi g_x."""
@@ -196,7 +216,7 @@ class BidirectionalAttributor:
         """The pass over both directions; in a lower precision only if a probe ranks the same."""
         variants = {"ascent": moved.ascent, "descent": moved.descent}
         passes = LossPass(
-            self.model, params, self.dataset, variants, self.token_budget, self.precision
+            self.model, params, self.dataset, variants, self.token_budget, self.precision, self.team
         )
         if self.precision == "float32":
             return passes
@@ -224,7 +244,7 @@ class BidirectionalAttributor:
                 advance=bar.advance,
             )
         if store is not None:
-            store.remove()
+            self.team.first(store.remove)
         return table
 
     def _fill_in(
@@ -257,12 +277,16 @@ class BidirectionalAttributor:
                 "pass": [precision, self.token_budget, self.all_tokens],
             }
         )
-        return ShardStore.open(self.work_dir / "losses" / content_hash(query.id), key)
+        store = ShardStore(self.work_dir / "losses" / content_hash(query.id), key)
+        self.team.first(lambda: store.prepare(force=self.force))
+        return store
 
     def _base_losses(self, params: Mapping[str, Tensor], base: Weights) -> np.ndarray:
         """`[N]` losses at theta_0, computed once."""
         if self._base is None:
-            passes = LossPass(self.model, params, self.dataset, {"base": base}, self.token_budget)
+            passes = LossPass(
+                self.model, params, self.dataset, {"base": base}, self.token_budget, team=self.team
+            )
             self._base = passes.run().means["base"]
         return self._base
 

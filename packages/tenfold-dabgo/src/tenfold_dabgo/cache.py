@@ -14,6 +14,7 @@ from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.fisher import FisherDiagonal
 from tenfold_dabgo.fisher_estimate import estimate_fisher
 from tenfold_dabgo.settings import AttributionSettings
+from tenfold_dabgo.team import ALONE, Team
 from tenfold_dabgo.weights import fingerprint
 
 BEHAVIOUR = 1
@@ -27,6 +28,7 @@ def obtain_fisher(
     folder: Path,
     model_hash: str = "",
     progress: Progress = no_progress,
+    team: Team = ALONE,
 ) -> FisherDiagonal:
     """The Fisher that the settings ask for: from a file, from the cache, or estimated now.
 
@@ -37,6 +39,7 @@ def obtain_fisher(
         folder: the cache; entries are named by content, so deleting them is safe.
         model_hash: the model's fingerprint, when it is known already.
         progress: progress bars.
+        team: the processes that share the estimate; all call with equal arguments.
 
     Raises:
         ConfigError: the given file does not fit the model or corpus.
@@ -47,11 +50,8 @@ def obtain_fisher(
         fisher.check(model_hash, dataset.content_hash(), len(dataset), force=settings.fisher_force)
         return fisher
     path = folder / f"fisher-{_key(dataset, settings, model_hash)}.safetensors"
-    if settings.fisher != "identity" and path.is_file():
-        try:
-            return FisherDiagonal.load(path)
-        except ConfigError:
-            path.unlink()  # a damaged cache entry is estimated again
+    if settings.fisher != "identity" and team.first(lambda: _is_sound(path)):
+        return FisherDiagonal.load(path)
     with progress("Fisher", _samples(dataset, settings), "samples") as bar:
         fisher = estimate_fisher(
             model,
@@ -63,10 +63,23 @@ def obtain_fisher(
             token_budget=max(settings.token_budget // 2, 1),
             advance=bar.advance,
             resume=path.with_suffix(".partial"),
+            team=team,
         )
     if settings.fisher != "identity":
-        fisher.save(path)
+        team.first(lambda: fisher.save(path))
     return fisher
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a cache entry can be read; a damaged one is removed, to be estimated again."""
+    if not path.is_file():
+        return False
+    try:
+        FisherDiagonal.load(path)
+    except ConfigError:
+        path.unlink()
+        return False
+    return True
 
 
 def _key(dataset: TokenDataset, settings: AttributionSettings, model_hash: str) -> str:

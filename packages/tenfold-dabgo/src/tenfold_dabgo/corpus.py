@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,29 @@ class TokenDataset:
             sample_ids=[self.sample_ids[i] for i in chosen],
             document_of=self.document_of[chosen],
             spans=self.spans[chosen],
+        )
+
+    def joined(self, other: TokenDataset) -> TokenDataset:
+        """This corpus followed by another one.
+
+        Raises:
+            ConfigError: they share a sample id or a document id.
+        """
+        mine = {*self.sample_ids, *(d.id for d in self.documents)}
+        theirs = [*other.sample_ids, *(d.id for d in other.documents)]
+        if shared := [name for name in theirs if name in mine]:
+            raise ConfigError(
+                f"both corpora have a text with the id {shared[0]!r}; ids must be unique"
+            )
+        shift = len(self.tokens)
+        moved = [replace(d, start=d.start + shift, stop=d.stop + shift) for d in other.documents]
+        return TokenDataset(
+            tokens=np.concatenate([self.tokens, other.tokens]),
+            documents=[*self.documents, *moved],
+            sample_ids=[*self.sample_ids, *other.sample_ids],
+            document_of=np.concatenate([self.document_of, other.document_of + len(self.documents)]),
+            spans=np.concatenate([self.spans, other.spans + shift]),
+            dropped=self.dropped + other.dropped,
         )
 
     def deduplicated(self) -> TokenDataset:

@@ -22,6 +22,7 @@ from torch import Tensor
 from tenfold_dabgo.batches import length_buckets, pad_id, token_batch
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.shards import ShardStore
+from tenfold_dabgo.team import ALONE, Team
 from tenfold_dabgo.weights import Weights, load
 
 TOKEN_BUDGET = 8192
@@ -61,6 +62,7 @@ class LossPass:
         variants: name → weights; evaluated in this order on every batch.
         token_budget: tokens per batch, padding included.
         precision: `float32` (whatever the weights are), or autocast to `bfloat16`/`float16`.
+        team: the processes that share the pass; all of them call `run` with equal arguments.
 
     Raises:
         ConfigError: unknown precision, or a budget below 1.
@@ -72,6 +74,7 @@ class LossPass:
     variants: Mapping[str, Weights]
     token_budget: int = TOKEN_BUDGET
     precision: str = "float32"
+    team: Team = ALONE
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -108,11 +111,13 @@ class LossPass:
         started = time.perf_counter()
         for number, start in enumerate(range(0, len(chosen), shard_samples)):
             part = chosen[start : start + shard_samples]
-            rows = store.read(number) if store is not None else None
+            rows = self._stored(store, number)
             if rows is None:
-                rows = _collect(self._batches(part), self.variants, per_token, advance)
-                if store is not None:
-                    store.write(number, rows)
+                mine = _collect(self._batches(part), self.variants, per_token, advance)
+                rows = self.team.join_rows(mine)
+                self._keep(store, number, rows)
+                if advance is not None and not self.team.alone:
+                    advance(len(rows["index"]) - len(mine["index"]))
             elif advance is not None:
                 advance(len(part))
             _fill(table, rows, self.variants, per_token)
@@ -120,12 +125,19 @@ class LossPass:
         table.seconds = time.perf_counter() - started
         return table
 
+    def _stored(self, store: ShardStore | None, number: int) -> dict[str, np.ndarray] | None:
+        return None if store is None else self.team.first(lambda: store.read(number))
+
+    def _keep(self, store: ShardStore | None, number: int, rows: Mapping[str, np.ndarray]) -> None:
+        if store is not None:
+            self.team.first(lambda: store.write(number, rows))
+
     def _batches(self, part: np.ndarray) -> Iterator[Batch]:
         device = next(iter(self.params.values())).device
         only = next(iter(self.variants.values())) if len(self.variants) == 1 else None
         if only is not None:
             load(self.params, only)
-        for bucket in length_buckets(self.dataset, part, self.token_budget):
+        for bucket in self.team.mine(length_buckets(self.dataset, part, self.token_budget)):
             batch = token_batch(self.dataset, bucket, pad_id(self.model), device)
             losses = {}
             for name, weights in self.variants.items():

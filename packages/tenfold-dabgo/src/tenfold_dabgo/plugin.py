@@ -57,6 +57,8 @@ _OUTPUT = (
     Param("how", "str", "mean", "roll-up: sum, mean, max, share or topk_mean:<k>"),
     Param("min_group", "int", 1, "leave smaller groups out of the roll-ups", minimum=1),
     Param("compare", "list[str]", (), "methods to compare with", choices=_METHODS),
+    Param("export", "list[str]", (), "also write each ranking to artifacts/exports, as these "
+          "formats", choices=("jsonl", "csv", "parquet", "markdown", "latex")),
     Param("base_losses", "bool", False, "also evaluate the unchanged model"),
 )  # fmt: skip
 
@@ -68,6 +70,10 @@ _SCALE = (
           "ranks alike", choices=("float32", "bfloat16", "float16")),
     Param("token_budget", "int", 8192, "tokens per batch, padding included", minimum=1,
           identity=False),
+    Param("shard_samples", "int", 4096, "samples per file of an unfinished pass: what an "
+          "interruption loses at most", minimum=1, identity=False),
+    Param("force", "bool", False, "discard what an interrupted pass over another model or corpus "
+          "left, instead of refusing to go on", identity=False),
     Param("seed", "int", None, "seed; left out: the run's seed"),
 )  # fmt: skip
 

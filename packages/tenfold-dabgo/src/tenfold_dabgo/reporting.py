@@ -230,7 +230,8 @@ def _method_blocks(values: Mapping[str, Any]) -> Iterator[Block]:
         yield Table(("setting", "value"), [(k, _rounded(v)) for k, v in settings.items()])
     for method, agreement in values["compare"].items():
         yield Badges({"compared with": method, **{k: _rounded(v) for k, v in agreement.items()}})
-    yield Paragraph(f"All scores and losses: artifacts/{values['artifact']}")
+    files = [values["artifact"], *values.get("exports", {}).values()]
+    yield Paragraph("All scores and losses: " + ", ".join(f"artifacts/{name}" for name in files))
 
 
 def _rounded(value: Any) -> Any:

@@ -34,6 +34,8 @@ METHODS = (
     "random",
 )
 
+EXPORTS = ("jsonl", "csv", "parquet", "markdown", "latex")
+
 
 @dataclass(frozen=True)
 class AttributionSettings:
@@ -51,6 +53,7 @@ class AttributionSettings:
     how: str = "mean"
     min_group: int = 1
     compare: Sequence[str] = ()
+    export: Sequence[str] = ()
     rule: str = "natural_gradient"
     steps: int = 10
     lr: float | None = None
@@ -76,6 +79,8 @@ class AttributionSettings:
     base_losses: bool = False
     precision: str = "float32"
     token_budget: int = 8192
+    shard_samples: int = 4096
+    force: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,6 +90,8 @@ class AttributionSettings:
         _known("fisher", self.fisher, KINDS)
         for name in self.compare:
             _known("compare", name, METHODS)
+        for name in self.export:
+            _known("export", name, EXPORTS)
         if self.view is not None:
             _known("view", self.view, VIEWS)
         if self.top_k < 1:
