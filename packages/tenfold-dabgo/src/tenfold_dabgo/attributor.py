@@ -30,7 +30,7 @@ from tenfold_dabgo.granularity import token_scores
 from tenfold_dabgo.linear import QUERY_BLOCK, linear_scores
 from tenfold_dabgo.losses import SHARD_SAMPLES, LossPass, LossTable
 from tenfold_dabgo.perturb import Perturbation, Perturbed, gradient, perturb_both
-from tenfold_dabgo.precision import low_precision_agrees, noise_floor
+from tenfold_dabgo.precision import half_weights_warning, low_precision_agrees, noise_floor
 from tenfold_dabgo.queries import Query
 from tenfold_dabgo.scores import DIRECTIONS, AttributionResult
 from tenfold_dabgo.shards import ShardStore
@@ -218,6 +218,7 @@ class BidirectionalAttributor:
         passes = LossPass(
             self.model, params, self.dataset, variants, self.token_budget, self.precision, self.team
         )
+        warnings += half_weights_warning(params)
         if self.precision == "float32":
             return passes
         agrees, agreement = low_precision_agrees(passes, self.precision)

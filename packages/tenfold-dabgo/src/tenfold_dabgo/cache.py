@@ -47,7 +47,13 @@ def obtain_fisher(
     model_hash = model_hash or fingerprint(model)
     if settings.fisher == "file":
         fisher = FisherDiagonal.load(Path(str(settings.fisher_path)))
-        fisher.check(model_hash, dataset.content_hash(), len(dataset), force=settings.fisher_force)
+        fisher.check(
+            model_hash,
+            dataset.content_hash(),
+            len(dataset),
+            names={name for name, _ in model.module().named_parameters()},
+            force=settings.fisher_force,
+        )
         return fisher
     path = folder / f"fisher-{_key(dataset, settings, model_hash)}.safetensors"
     if settings.fisher != "identity" and team.first(lambda: _is_sound(path)):

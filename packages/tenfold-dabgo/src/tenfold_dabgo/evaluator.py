@@ -201,6 +201,9 @@ class Attribution:
         artifact = f"scores/{content_hash(query.id)}.npz"
         write_arrays(Path(ctx.artifacts) / artifact, result.arrays())
         details = dict(result.details)
+        if settings.top_k > (known := int(result.scored.sum())):
+            note = f"top_k is {settings.top_k}, but only {known} training texts have a score"
+            details["warnings"] = [*details.get("warnings", ()), note]
         timings = {
             key: details.pop(key) for key in ("seconds", "tokens_per_second") if key in details
         }

@@ -7,12 +7,14 @@ same numbers, so the difference is noise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from tenfold.errors import RunFailed
+from tenfold.errors import ConfigError, RunFailed
+from torch import Tensor
 
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.losses import LossPass
@@ -87,12 +89,37 @@ def noise_floor(passes: LossPass, base: Weights, scores: np.ndarray) -> NoiseRep
     return NoiseReport(floor, median, median / floor if floor > 0 else float("inf"), moved)
 
 
+def half_weights_warning(params: Mapping[str, Tensor]) -> list[str]:
+    """A sentence when the weights themselves are in half precision, else nothing."""
+    kinds = {p.dtype for p in params.values()} & {torch.float16, torch.bfloat16}
+    names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+    if not kinds:
+        return []
+    return [
+        f"the weights are {names}: steps below half a unit in their last place vanish; "
+        'load the model with dtype = "float32"'
+    ]
+
+
 def low_precision_agrees(passes: LossPass, precision: str) -> tuple[bool, float]:
-    """Whether a lower precision ranks a probe as single precision does, and the correlation."""
+    """Whether a lower precision ranks a probe as single precision does, and the correlation.
+
+    Raises:
+        ConfigError: the device cannot compute in that precision.
+    """
     probe = probe_indices(passes.dataset, LOW_PRECISION_PROBE)
     scores = []
     for name in ("float32", precision):
-        means = replace(passes, precision=name).run(probe).means
+        try:
+            means = replace(passes, precision=name).run(probe).means
+        except RuntimeError as error:
+            if name == "float32" or "not implemented" not in str(error):
+                raise
+            device = next(iter(passes.params.values())).device.type
+            raise ConfigError(
+                f"this {device} device cannot compute the model in {precision}: {error}",
+                hint="use precision = float32 (or bfloat16)",
+            ) from error
         scores.append((means["ascent"] - means["descent"])[probe])
     agreement = spearman(scores[0], scores[1])
     return bool(agreement >= LOW_PRECISION_AGREEMENT), agreement

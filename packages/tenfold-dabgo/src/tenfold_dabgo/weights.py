@@ -27,6 +27,7 @@ _PATTERNS = {
     "kv": r"(?i)k_proj|v_proj|key|value|c_attn",
     "lora": r"(?i)lora_",
 }
+_ADAPTER = re.compile(_PATTERNS["lora"])
 _LAST_LAYERS = re.compile(r"last-(\d+)-layers")
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -41,7 +42,8 @@ def select_parameters(module: nn.Module, which: str = "all") -> dict[str, nn.Par
             anywhere in the name.
 
     Raises:
-        ConfigError: unknown selection, or it selects nothing.
+        ConfigError: unknown selection, it selects nothing, or it would move the base weights
+            of a model with a separate adapter (only `re:` may do that).
     """
     named = {n: p for n, p in module.named_parameters() if p.is_floating_point()}
     chosen = {n: p for n, p in named.items() if _matcher(module, named, which)(n)}
@@ -53,7 +55,21 @@ def select_parameters(module: nn.Module, which: str = "all") -> dict[str, nn.Par
             f"(they are called {sample}, ...)",
             hint=hint,
         )
+    _keep_base_of_adapter(named, chosen, which)
     return chosen
+
+
+def _keep_base_of_adapter(named: Mapping[str, Any], chosen: Mapping[str, Any], which: str) -> None:
+    """A model with an adapter was trained by moving the adapter; so is it perturbed."""
+    adapter = [name for name in named if _ADAPTER.search(name)]
+    base = [name for name in chosen if not _ADAPTER.search(name)]
+    if adapter and base and not which.startswith("re:"):
+        raise ConfigError(
+            f"params = {which!r} would move {len(base)} weights of the base model, such as "
+            f"{base[0]}, but the model carries an adapter of {len(adapter)} weights",
+            hint='use params = "lora" to move the adapter only, merge_adapter = true to move '
+            'the merged weights, or "re:<pattern>" to choose weights yourself',
+        )
 
 
 def _matcher(module: nn.Module, named: Mapping[str, Tensor], which: str) -> Any:
