@@ -16,6 +16,7 @@ from tenfold.seeds import content_hash
 from tenfold_dabgo import describe
 from tenfold_dabgo.attributor import Attributor, BidirectionalAttributor, blocks
 from tenfold_dabgo.corpus import TokenDataset
+from tenfold_dabgo.cost import Cost, Work, estimate, shaped_size
 from tenfold_dabgo.linear import QUERY_BLOCK
 from tenfold_dabgo.methods import make_attributor
 from tenfold_dabgo.queries import Query, query_from_record
@@ -125,6 +126,7 @@ class Attribution:
             short_windows_dropped=dataset.dropped,
             hash=dataset.content_hash(),
         )
+        ctx.log("cost", **_query_cost(model, dataset, settings).to_json())
         model_hash = fingerprint(model)
 
         def build(name: str) -> Attributor:
@@ -294,6 +296,18 @@ class Attribution:
         from tenfold_dabgo.reporting import report_blocks
 
         return report_blocks(results)
+
+
+def _query_cost(model: Any, dataset: TokenDataset, settings: AttributionSettings) -> Cost:
+    """What attributing one query over this corpus costs, the Fisher included."""
+    module = model.module()
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    config = getattr(module, "config", None)
+    table = config.to_dict() if hasattr(config, "to_dict") else {}
+    tokens = int(dataset.lengths.sum())
+    length = tokens / max(len(dataset), 1)
+    work = Work(len(dataset), tokens, length, 1, min(length, model.context_length))
+    return estimate(shaped_size(shapes, table, settings.params), work, asdict(settings))
 
 
 def _sound(result: AttributionResult | RunFailed) -> AttributionResult:

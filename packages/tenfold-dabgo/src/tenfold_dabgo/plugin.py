@@ -95,6 +95,7 @@ ATTRIBUTION = ComponentSpec(
     data={"train": ("text",), "queries": ("sample", "text", "prompt")},
     modules=("torch", "numpy", "transformers"),
     tags=("attribution", "data", "interpretability"),
+    cost="tenfold_dabgo.cost:plan_cost",
 )  # fmt: skip
 
 
