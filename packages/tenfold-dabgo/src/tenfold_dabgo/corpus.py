@@ -17,6 +17,8 @@ from tenfold.errors import ConfigError
 
 MIN_SCORED_LENGTH = 2
 """A sample needs two tokens: the first has no loss, so one token gives no score."""
+INPUT_IDS = "input_ids"
+"""Metadata column of records that are tokens already (see `token_files`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,8 @@ class TokenDataset:
     ) -> TokenDataset:
         """Tokenizes `TextRecord`s with the model's own tokenizer, see `from_ids`.
 
-        `window` defaults to the model's context length.
+        Records that carry `input_ids` in their metadata are taken as they are. `window`
+        defaults to the model's context length.
 
         Raises:
             ConfigError: `window` exceeds the context, or as in `from_ids`.
@@ -179,7 +182,7 @@ class TokenDataset:
                 f"window is {window} tokens, but the model reads at most {context}",
                 hint=f"set window to {context} or less",
             )
-        rows = [(record.id, tokenizer.encode(record.text), record.metadata) for record in records]
+        rows = [(record.id, *_tokens(record, tokenizer)) for record in records]
         return cls.from_ids(
             [ids for _, ids, _ in rows],
             ids=[name for name, _, _ in rows],
@@ -243,6 +246,14 @@ class TokenDataset:
             spans=np.asarray(spans, dtype=np.int64).reshape(-1, 2),
             dropped=dropped,
         )
+
+
+def _tokens(record: Any, tokenizer: Tokenizes) -> tuple[Sequence[int], Mapping[str, Any]]:
+    """A record's token ids, and its metadata without them."""
+    given = record.metadata.get(INPUT_IDS)
+    if not isinstance(given, list | tuple):
+        return tokenizer.encode(record.text), record.metadata
+    return given, {k: v for k, v in record.metadata.items() if k != INPUT_IDS}
 
 
 def _windows(length: int, window: int | None, stride: int | None) -> list[tuple[int, int]]:

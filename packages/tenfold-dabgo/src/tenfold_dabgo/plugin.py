@@ -128,9 +128,65 @@ TOPICS = ComponentSpec(
 )  # fmt: skip
 
 
+_SELECTION = (
+    Param("limit", "int", None, "at most this many records", minimum=1),
+    Param("shuffle_seed", "int", None, "shuffle by this seed, before `limit`"),
+)
+_COLUMNS = (
+    Param("ids_column", "str", "input_ids", "column of the token ids"),
+    Param("text_column", "str", "text", "column of the text"),
+    Param("id_column", "str", "id", "column of the id; where it is missing, the row's place"),
+)
+
+TOKEN_FILES = (
+    ComponentSpec(
+        name="token-npy",
+        target="tenfold_dabgo.token_files:NpyTokens",
+        summary="token ids in .npy arrays: a text per row, or per array",
+        params=(
+            Param("path", "path", help="a .npy file, a folder of them, or a glob"),
+            Param("pad_id", "int", None, "this id at the end of a row is padding", minimum=0),
+            Param("columns", "path", None, "JSON Lines file with ids and metadata of the texts"),
+            *_SELECTION,
+        ),
+        provides=("text",),
+        modules=("numpy",),
+        tags=("files", "tokens"),
+    ),
+    ComponentSpec(
+        name="token-jsonl",
+        target="tenfold_dabgo.token_files:JsonlTokens",
+        summary="JSON Lines whose rows hold token ids (`input_ids`) or text",
+        params=(
+            Param("path", "path", help="a file, a folder of .jsonl files, or a glob"),
+            *_COLUMNS,
+            *_SELECTION,
+        ),
+        provides=("text",),
+        modules=("numpy",),
+        tags=("files", "tokens"),
+    ),
+    ComponentSpec(
+        name="hf-disk",
+        target="tenfold_dabgo.token_files:HfDisk",
+        summary="a Hugging Face dataset folder (`save_to_disk`) with texts or token ids",
+        params=(
+            Param("path", "path", help="the folder"),
+            Param("split", "str", "", "split of a DatasetDict; left out: its only one"),
+            *_COLUMNS,
+            *_SELECTION,
+        ),
+        provides=("text",),
+        modules=("numpy",),
+        extras=("tenfold-dabgo[datasets]",),
+        tags=("files", "tokens", "huggingface"),
+    ),
+)  # fmt: skip
+
+
 @hookimpl
 def tenfold_datasets() -> list[ComponentSpec]:
-    return [TOPICS]
+    return [TOPICS, *TOKEN_FILES]
 
 
 @hookimpl
