@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tenfold.errors import ComponentError, ConfigError, RunFailed
+from tenfold.scale.deepspeed import deepspeed_config
+from tenfold_dabgo.settings import AttributionSettings
 from tenfold_dabgo.shards import ShardStore
 from tenfold_dabgo.team import Team, explain_failure
+from tenfold_dabgo.zero3 import check_settings, spread
 
 SUPPORT = Path(__file__).parent / "support"
 sys.path.insert(0, str(SUPPORT))
@@ -217,3 +220,116 @@ def test_a_failure_on_one_process_ends_both(folder):
     done = work(folder, processes=2, check=False)
     assert done.returncode != 0
     assert "corpus is empty" in done.stderr
+
+
+# --- Weights spread by DeepSpeed ZeRO-3 ---------------------------------------------------------
+
+
+@pytest.fixture
+def zero3(folder):
+    pytest.importorskip("deepspeed")
+    config = folder / "deepspeed.json"
+    # A persistence threshold that a user may well set: small weights would be whole everywhere.
+    config.write_text(json.dumps(deepspeed_config(3)))
+    return config
+
+
+def untied(folder):
+    """A Llama-type model, whose head is a matrix of its own and whose loss reaches into it."""
+    tiny_checkpoint.llama().save_pretrained(folder / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ('fisher="identity"', "base_losses=true"),
+        ('fisher="sample_mean"',),
+        ('fisher="sample_sum"', 'params="mlp"', "lr=1.0", "damping=0.5"),
+        ('rule="sign_sgd"', 'fisher="identity"', "fisher_max_samples=5"),
+    ],
+    ids=["identity", "fisher", "selection", "sign"],
+)
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_spread_weights_give_the_result_of_whole_ones(
+    folder, zero3, tmp_path_factory, settings, head
+):
+    if head == "untied":
+        untied(folder)
+    whole = tmp_path_factory.mktemp("whole")
+    shutil.copytree(folder, whole, dirs_exist_ok=True)
+    expected = {name: v for name, v, _ in attribute(whole, **parsed(settings))}
+    work(folder, *settings, processes=2, launcher="deepspeed", config=zero3)
+    found = values(folder)
+    assert found.keys() == expected.keys()
+    ours, theirs = losses(folder), losses(whole)
+    for name, arrays in ours.items():
+        for column in ("score", "loss_ascent", "loss_descent"):
+            np.testing.assert_allclose(arrays[column], theirs[name][column], atol=3e-5)
+    for name, value in found.items():
+        for key in ("proponents", "opponents"):
+            assert [r["id"] for r in value[key]] == [r["id"] for r in expected[name][key]]
+        for direction in ("ascent", "descent"):
+            steps = zip(value["details"]["trace"][direction],
+                        expected[name]["details"]["trace"][direction], strict=True)  # fmt: skip
+            for step, other in steps:
+                for key in ("loss", "distance", "max_change"):
+                    assert step[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5)
+        assert value["details"]["noise"]["weights_moved"] == pytest.approx(
+            expected[name]["details"]["noise"]["weights_moved"], abs=0.02
+        )
+
+
+def parsed(settings):
+    """`name=JSON` words as keywords."""
+    return {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in settings)}
+
+
+@pytest.mark.slow
+def test_a_fisher_file_is_taken_apart_and_the_cache_is_found_again(folder, zero3, tmp_path_factory):
+    whole = tmp_path_factory.mktemp("whole")
+    shutil.copytree(folder, whole, dirs_exist_ok=True)
+    attribute(whole)
+    (path,) = (whole / "cache").rglob("*.safetensors")
+    settings = ('fisher="file"', f"fisher_path={json.dumps(str(path))}")
+    work(folder, *settings, processes=2, launcher="deepspeed", config=zero3)
+    for name, arrays in losses(folder).items():
+        np.testing.assert_allclose(arrays["score"], losses(whole)[name]["score"], atol=3e-5)
+
+
+CONFLICTS = {
+    "prefilter": ({"prefilter": 0.1}, r"prefilter = 0\.1 does not work .* \(what works: none\)"),
+    "method": ({"method": "bm25"}, r"method = 'bm25' does not work .*dabgo"),
+    "rule": ({"rule": "ewc_adamw"}, r"rule = 'ewc_adamw' .*natural_gradient, sgd, sign_sgd"),
+    "fisher": ({"fisher": "token"}, r"fisher = 'token' .*sample_mean, sample_sum"),
+    "precision": ({"precision": "bfloat16"}, r"precision = 'bfloat16' .*float32"),
+    "compare": ({"compare": ("bm25",)}, r"compare = \['bm25'\]"),
+}
+
+
+@pytest.mark.parametrize("case", CONFLICTS)
+def test_what_needs_whole_weights_is_refused_before_they_are_spread(case):
+    settings, message = CONFLICTS[case]
+    with pytest.raises(ConfigError, match=message) as told:
+        check_settings(AttributionSettings(**settings))
+    assert 'launcher = "torchrun"' in str(told.value)
+
+
+def test_weights_stay_whole_without_stage_3(monkeypatch, tmp_path):
+    model = object()
+    assert spread(model, AttributionSettings(), Team()) == (model, Team())
+    monkeypatch.setenv("TENFOLD_LAUNCHER", "deepspeed")
+    monkeypatch.delenv("TENFOLD_SCALE_CONFIG", raising=False)
+    team = Team(0, 2)
+    assert spread(model, AttributionSettings(), team) == (model, team)  # stage 2 is the default
+    config = tmp_path / "three.json"
+    config.write_text(json.dumps(deepspeed_config(3)))
+    monkeypatch.setenv("TENFOLD_SCALE_CONFIG", str(config))
+    with pytest.raises(ConfigError, match="prefilter"):
+        spread(model, AttributionSettings(prefilter=0.5), team)
+
+
+def test_everyone_takes_equally_many_batches_of_spread_weights():
+    parts = [Team(r, 3, sharded=True).mine(list(range(7))) for r in range(3)]
+    assert parts == [[0, 3, 6], [1, 4, 0], [2, 5, 0]]
+    assert Team(1, 3, sharded=True).mine([]) == []

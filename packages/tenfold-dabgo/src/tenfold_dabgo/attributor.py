@@ -25,6 +25,7 @@ from tenfold_dabgo import prefilter as pre
 from tenfold_dabgo.batches import length_buckets, sample_means
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.divergence import kl_to_now
+from tenfold_dabgo.early_stop import TopGroups
 from tenfold_dabgo.fisher import FisherDiagonal
 from tenfold_dabgo.granularity import token_scores
 from tenfold_dabgo.linear import QUERY_BLOCK, linear_scores
@@ -82,6 +83,8 @@ class BidirectionalAttributor:
         progress: progress bars.
         team: the processes that share the corpus; all of them score the same queries.
         force: discard shards of another model, corpus or setting instead of refusing them.
+        early_stop: accepted probability of a wrong set of top groups; None scores everything.
+        early_stop_by: column of those groups, `token_top` of which are wanted.
     """
 
     model: Grad
@@ -101,6 +104,8 @@ class BidirectionalAttributor:
     model_hash: str = ""
     team: Team = ALONE
     force: bool = False
+    early_stop: float | None = None
+    early_stop_by: str = "document"
     _base: np.ndarray | None = field(default=None, init=False, repr=False)
 
     def attribute(self, queries: Iterable[Query]) -> Iterator[AttributionResult]:
@@ -165,6 +170,7 @@ class BidirectionalAttributor:
             self.fisher,
             len(self.dataset),
             kl_to_now(self.model, query),
+            getattr(self.model, "calculus", None),
         )
         self.model.module().eval()
         return result
@@ -181,7 +187,11 @@ class BidirectionalAttributor:
             picked = None
             if linear is not None and self.prefilter is not None:
                 picked = pre.candidates(linear, self.prefilter, self.seed, max(self.token_top, 1))
-            table = self._corpus_pass(passes, query, picked)
+            stopped: TopGroups | None = None
+            if self.early_stop is None:
+                table = self._corpus_pass(passes, query, picked)
+            else:
+                table, stopped = self._stopped_pass(passes, query, self.early_stop)
             values = table.means["ascent"] - table.means["descent"]
             noise = noise_floor(passes, base, values)
             warnings += [noise.warning()] if noise.warning() else []
@@ -193,6 +203,8 @@ class BidirectionalAttributor:
                 result.losses["base"] = self._base_losses(params, base)
             result.tokens = self._token_scores(result, table, passes)
         seconds |= {"pass": table.seconds, "total": time.perf_counter() - started}
+        if stopped is not None:
+            result.details["early_stop"] = stopped.report(self.early_stop_by).to_json()
         result.details |= {
             "trace": {
                 "ascent": [asdict(step) for step in moved.ascent_trace],
@@ -248,6 +260,37 @@ class BidirectionalAttributor:
             self.team.first(store.remove)
         return table
 
+    def _stopped_pass(
+        self, passes: LossPass, query: Query, delta: float
+    ) -> tuple[LossTable, TopGroups]:
+        """The exact pass over as many samples as the top groups need, round by round."""
+        labels = [str(value) for value in self.dataset.column(self.early_stop_by)]
+        scorable = self.dataset.scorable
+        groups = TopGroups(labels, scorable, max(self.token_top, 1), delta, self.seed)
+        table = LossTable(
+            self.dataset.n_scored,
+            {name: np.full(len(self.dataset), np.nan) for name in passes.variants},
+            {name: {} for name in passes.variants} if self.all_tokens else {},
+        )
+        stores = []
+        with self.progress(f"losses for {query.id}", int(scorable.sum()), "samples") as bar:
+            while len(chosen := groups.next()):
+                store = self._store(query, chosen, passes.precision, f"-round-{groups.round}")
+                stores += [] if store is None else [store]
+                table.add(
+                    passes.run(
+                        chosen,
+                        per_token=self.all_tokens,
+                        store=store,
+                        shard_samples=self.shard_samples,
+                        advance=bar.advance,
+                    )
+                )
+                groups.judge(table.means["ascent"] - table.means["descent"])
+        for store in stores:  # an interruption in a late round keeps the early ones
+            self.team.first(store.remove)
+        return table, groups
+
     def _fill_in(
         self,
         result: AttributionResult,
@@ -262,7 +305,9 @@ class BidirectionalAttributor:
         result.exact = np.isfinite(exact)
         result.values = np.where(result.exact, exact, predicted)
 
-    def _store(self, query: Query, chosen: np.ndarray, precision: str) -> ShardStore | None:
+    def _store(
+        self, query: Query, chosen: np.ndarray, precision: str, part: str = ""
+    ) -> ShardStore | None:
         if self.work_dir is None:
             return None
         self.model_hash = self.model_hash or fingerprint(self.model)
@@ -278,7 +323,7 @@ class BidirectionalAttributor:
                 "pass": [precision, self.token_budget, self.all_tokens],
             }
         )
-        store = ShardStore(self.work_dir / "losses" / content_hash(query.id), key)
+        store = ShardStore(self.work_dir / "losses" / f"{content_hash(query.id)}{part}", key)
         self.team.first(lambda: store.prepare(force=self.force))
         return store
 

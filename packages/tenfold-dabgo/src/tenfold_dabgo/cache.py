@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tenfold.capabilities import Grad
 from tenfold.errors import ConfigError
 from tenfold.seeds import content_hash
@@ -12,10 +13,11 @@ from tenfold.seeds import content_hash
 from tenfold_dabgo.attributor import Progress, no_progress
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.fisher import FisherDiagonal
-from tenfold_dabgo.fisher_estimate import estimate_fisher
+from tenfold_dabgo.fisher_estimate import estimate_fisher, fisher_subset
 from tenfold_dabgo.settings import AttributionSettings
 from tenfold_dabgo.team import ALONE, Team
 from tenfold_dabgo.weights import fingerprint
+from tenfold_dabgo.zero3 import SpreadFisher, SpreadModel, spread_fisher
 
 BEHAVIOUR = 1
 """Raised when an estimate with equal settings would give other values."""
@@ -54,7 +56,11 @@ def obtain_fisher(
             names={name for name, _ in model.module().named_parameters()},
             force=settings.fisher_force,
         )
+        if isinstance(model, SpreadModel):
+            return spread_fisher(model, dataset, "file", settings.params, np.zeros(0), fisher)
         return fisher
+    if isinstance(model, SpreadModel):
+        return _spread(model, dataset, settings, folder, model_hash, progress)
     path = folder / f"fisher-{_key(dataset, settings, model_hash)}.safetensors"
     if settings.fisher != "identity" and team.first(lambda: _is_sound(path)):
         return FisherDiagonal.load(path)
@@ -73,6 +79,31 @@ def obtain_fisher(
         )
     if settings.fisher != "identity":
         team.first(lambda: fisher.save(path))
+    return fisher
+
+
+def _spread(
+    model: SpreadModel,
+    dataset: TokenDataset,
+    settings: AttributionSettings,
+    folder: Path,
+    model_hash: str,
+    progress: Progress,
+) -> SpreadFisher:
+    """The Fisher of weights that are spread over processes; each keeps its shards."""
+    team = model.team
+    name = f"fisher-{_key(dataset, settings, model_hash)}-{team.rank}-of-{team.size}"
+    path = folder / f"{name}.safetensors"
+    if settings.fisher != "identity" and all(team.gather(_is_sound(path))):
+        found = FisherDiagonal.load(path)
+        return SpreadFisher(found.values, found.facts, found.warnings, team)
+    chosen = fisher_subset(dataset, settings.fisher_max_samples, settings.seed)
+    with progress("Fisher", len(chosen), "samples") as bar:
+        fisher = spread_fisher(
+            model, dataset, settings.fisher, settings.params, chosen, advance=bar.advance
+        )
+    if settings.fisher != "identity":
+        fisher.save(path)
     return fisher
 
 

@@ -26,6 +26,7 @@ from tenfold_dabgo.shards import write_arrays
 from tenfold_dabgo.summary import item_summary, summarize
 from tenfold_dabgo.team import Team, explain_failure
 from tenfold_dabgo.weights import fingerprint
+from tenfold_dabgo.zero3 import spread
 
 CACHE_FOLDER = "dabgo"
 
@@ -52,6 +53,7 @@ class Attribution:
         self.settings = AttributionSettings(**params)
         self._train: Dataset | None = None
         self._prepared: tuple[Any, _Prepared] | None = None
+        self._spread: tuple[Any, Any, Team] | None = None
 
     def plan(self, ctx: Context, data: Mapping[str, Dataset]) -> WorkItems:
         """One item per query record, in the dataset's order."""
@@ -87,6 +89,7 @@ class Attribution:
         self, ctx: Context, model: Any, items: Iterable[WorkItem], team: Team
     ) -> Iterator[ItemResult]:
         prepared: _Prepared | None = None
+        model, team = self._spread_over(model, team)
         size = QUERY_BLOCK if self.settings.prefilter else 1
         for block in team.rounds(blocks(items, size)):
             queries: list[Query] = []
@@ -101,6 +104,12 @@ class Attribution:
             if shared:
                 prepared = prepared or self._prepare(ctx, model, team)
                 yield from self._attribute(ctx, model, prepared, queries, shared)
+
+    def _spread_over(self, model: Any, team: Team) -> tuple[Any, Team]:
+        """The model and team, with weights spread once where the run asks for it."""
+        if self._spread is None or self._spread[0] is not model:
+            self._spread = (model, *spread(model, self.settings, team))
+        return self._spread[1:]
 
     def _prepare(self, ctx: Context, model: Any, team: Team) -> _Prepared:
         """Tokenizes the corpus and builds the methods; kept while the model is the same."""
@@ -301,7 +310,7 @@ class Attribution:
 def _query_cost(model: Any, dataset: TokenDataset, settings: AttributionSettings) -> Cost:
     """What attributing one query over this corpus costs, the Fisher included."""
     module = model.module()
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
     config = getattr(module, "config", None)
     table = config.to_dict() if hasattr(config, "to_dict") else {}
     tokens = int(dataset.lengths.sum())

@@ -69,6 +69,14 @@ class FisherDiagonal:
         Raises:
             ConfigError: parameters missing or of another shape; lists the first few.
         """
+        return {n: v.to(params[n].device) for n, v in self.aligned_to(params).items()}
+
+    def aligned_to(self, params: Mapping[str, Tensor]) -> Weights:
+        """Values for exactly these parameters, where they are.
+
+        Raises:
+            ConfigError: parameters missing or of another shape; lists the first few.
+        """
         missing = [n for n in params if n not in self.values]
         wrong = [
             f"{n}: {tuple(self.values[n].shape)} for {tuple(p.shape)}"
@@ -82,7 +90,7 @@ class FisherDiagonal:
                 f"{len(wrong)} of another shape ({'; '.join(wrong[:3])})",
                 hint="it was estimated on another model; estimate it again",
             )
-        return {n: self.values[n].to(p.device) for n, p in params.items()}
+        return {n: self.values[n] for n in params}
 
     def precondition(
         self, params: Mapping[str, Tensor], damping: float | str

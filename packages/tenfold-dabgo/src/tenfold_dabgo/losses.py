@@ -49,6 +49,16 @@ class LossTable:
     n_tokens: int = 0
     seconds: float = 0.0
 
+    def add(self, other: LossTable) -> None:
+        """Takes over what another pass over the same corpus evaluated."""
+        for name, values in other.means.items():
+            known = np.isfinite(values)
+            self.means[name][known] = values[known]
+        for name, rows in other.tokens.items():
+            self.tokens[name] |= rows
+        self.n_tokens += other.n_tokens
+        self.seconds += other.seconds
+
 
 @dataclass(frozen=True)
 class LossPass:

@@ -96,6 +96,8 @@ def make_attributor(
         team=team,
         shard_samples=settings.shard_samples,
         force=settings.force,
+        early_stop=settings.early_stop,
+        early_stop_by=settings.early_stop_by,
     )
 
 

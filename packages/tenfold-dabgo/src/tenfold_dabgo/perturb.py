@@ -12,7 +12,7 @@ The engine knows nothing about language models: it takes parameters and a loss f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -127,6 +127,7 @@ def perturb_both(
     fisher: FisherDiagonal | None,
     n_samples: int,
     kl: Callable[[], float] | None = None,
+    calculus: Calculus | None = None,
 ) -> Perturbed:
     """Runs ascent and descent from the current weights and puts those back.
 
@@ -137,21 +138,25 @@ def perturb_both(
         fisher: diagonal Fisher at theta_0; None stands for F = 1 (then epsilon should be 0).
         n_samples: corpus size, N unless `settings.dataset_size` says otherwise.
         kl: KL(theta_0 || theta) at the current weights.
+        calculus: how gradients are taken and numbers are added up over all weights.
 
     Raises:
         RunFailed: the loss became non-finite; says at which step and what to change.
     """
+    calculus = calculus or Calculus()
     base = copy_of(params)
     precondition, damping = _precondition(params, settings, fisher)
     auto, number = number_or_prefixed("lr", settings.lr, "auto")
     size = settings.dataset_size or n_samples
-    lr = _automatic_lr(params, loss, settings, precondition, size, number) if auto else number
+    lr = number
+    if auto:
+        lr = _automatic_lr(params, loss, settings, precondition, size, number, calculus)
     limit = RISE_LIMIT * number if auto else math.inf
     for backtracks in range(MAX_BACKTRACKS + 1):
         rule = make_rule(settings, params, base, precondition, fisher, lr, size)
         try:
-            ascent = _walk(params, loss, rule, settings, ASCENT, base, kl, limit)
-            descent = _walk(params, loss, rule, settings, DESCENT, base, kl, limit)
+            ascent = _walk(params, loss, rule, settings, ASCENT, base, kl, limit, calculus)
+            descent = _walk(params, loss, rule, settings, DESCENT, base, kl, limit, calculus)
         except Diverged as problem:
             load(params, base)
             if not auto or backtracks == MAX_BACKTRACKS:
@@ -192,10 +197,11 @@ def _automatic_lr(
     precondition: Weights | None,
     size: int,
     change: float,
+    calculus: Calculus,
 ) -> float:
     """The alpha for which K steps change the loss by `change` to first order."""
-    gradients = gradient(params, loss())
-    rate = predicted_rate(settings.method, gradients, precondition, size)
+    gradients = calculus.gradient(params, loss())
+    (rate,) = calculus.totals([predicted_rate(settings.method, gradients, precondition, size)])
     if not math.isfinite(rate) or rate <= 0:
         raise RunFailed(
             f"the query's loss has a gradient of size {rate:.3g}: no step can change it",
@@ -213,6 +219,7 @@ def _walk(
     base: Weights,
     kl: Callable[[], float] | None,
     limit: float,
+    calculus: Calculus,
 ) -> tuple[Weights, list[TraceStep]]:
     """K steps in one direction from `base`; leaves the parameters at `base` again."""
     load(params, base)
@@ -225,9 +232,9 @@ def _walk(
             with torch.enable_grad():
                 value = loss()
             _guard(value, step, sign, trace, limit)
-            trace.append(_state(step, value, params, base, kl if step else None))
+            trace.append(_state(step, value, params, base, kl if step else None, calculus))
             if step < settings.steps:
-                rule.step(gradient(params, value), sign)
+                rule.step(calculus.gradient(params, value), sign)
     moved = copy_of(params)
     load(params, base)
     return moved, trace
@@ -253,13 +260,19 @@ def _state(
     params: Mapping[str, Tensor],
     base: Weights,
     kl: Callable[[], float] | None,
+    calculus: Calculus,
 ) -> TraceStep:
-    squared, largest = 0.0, 0.0
-    for name, p in params.items():
-        change = p.detach() - base[name]
-        squared += float(change.double().square().sum())
-        scale = float(base[name].double().square().mean().sqrt()) or 1.0
+    changes = {name: p.detach() - base[name] for name, p in params.items()}
+    squared = sum(float(change.double().square().sum()) for change in changes.values())
+    sizes = [float(base[name].double().square().sum()) for name in changes]
+    counts = [change.numel() for change in changes.values()]
+    squared, *rest = calculus.totals([squared, *sizes, *counts])
+    largest = 0.0
+    pairs = zip(rest[: len(sizes)], rest[len(sizes) :], strict=True)
+    for change, (size, count) in zip(changes.values(), pairs, strict=True):
+        scale = math.sqrt(size / max(count, 1)) or 1.0
         largest = max(largest, float(change.abs().max()) / scale if change.numel() else 0.0)
+    largest = calculus.largest(largest)
     divergence = 0.0 if step == 0 else (kl() if kl is not None else None)
     return TraceStep(step, float(value.detach()), math.sqrt(squared), largest, divergence)
 
@@ -278,6 +291,16 @@ def gradient(params: Mapping[str, Tensor], loss: Tensor) -> Weights:
     values = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
     pairs = zip(params.items(), values, strict=True)
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}
+
+
+@dataclass(frozen=True, slots=True)
+class Calculus:
+    """How gradients are taken, and how numbers over all weights are made of those over the
+    weights at hand: here, all weights are at hand (see `zero3` for another)."""
+
+    gradient: Callable[[Mapping[str, Tensor], Tensor], Weights] = gradient
+    totals: Callable[[Sequence[float]], Sequence[float]] = list
+    largest: Callable[[float], float] = float
 
 
 def _trace_warnings(result: Perturbed) -> list[str]:

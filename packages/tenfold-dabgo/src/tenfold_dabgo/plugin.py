@@ -66,6 +66,10 @@ _SCALE = (
     Param("prefilter", "float", None, "share of the corpus that is scored exactly, chosen by "
           "first-order scores of all queries in one pass; left out: all of it",
           minimum=0, maximum=1),
+    Param("early_stop", "float", None, "score only as much as the top_k groups of "
+          "early_stop_by need, with this probability of a wrong set; left out: everything",
+          minimum=0, maximum=1),
+    Param("early_stop_by", "str", "document", "metadata column of those groups, or document"),
     Param("precision", "str", "float32", "of the loss pass; a lower one is used only if a probe "
           "ranks alike", choices=("float32", "bfloat16", "float16")),
     Param("token_budget", "int", 8192, "tokens per batch, padding included", minimum=1,

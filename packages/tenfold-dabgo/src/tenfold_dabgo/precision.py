@@ -78,7 +78,10 @@ def noise_floor(passes: LossPass, base: Weights, scores: np.ndarray) -> NoiseRep
     least = epsilon * level / np.sqrt(max(float(dataset.n_scored[probe].mean()), 1.0))
     floor = max(float(np.sqrt(np.nanmean((differences[0] - differences[1]) ** 2))), least)
     known = scores[np.isfinite(scores)]
-    moved = _share_moved(base, passes.variants["ascent"], passes.variants["descent"])
+    changed, count = _moved(base, passes.variants["ascent"], passes.variants["descent"])
+    if passes.team.sharded:
+        changed, count = passes.team.sum_numbers(changed, count)
+    moved = changed / max(count, 1)
     median = float(np.median(np.abs(known))) if known.size else 0.0
     if known.size > 1 and float(np.ptp(known)) == 0.0 and moved < 1.0:
         raise RunFailed(
@@ -125,6 +128,7 @@ def low_precision_agrees(passes: LossPass, precision: str) -> tuple[bool, float]
     return bool(agreement >= LOW_PRECISION_AGREEMENT), agreement
 
 
-def _share_moved(base: Weights, ascent: Weights, descent: Weights) -> float:
+def _moved(base: Weights, ascent: Weights, descent: Weights) -> tuple[float, float]:
+    """How many weights the perturbation changed at all, and how many there are."""
     moved = sum(int(((ascent[n] != b) | (descent[n] != b)).sum()) for n, b in base.items())
-    return moved / max(sum(b.numel() for b in base.values()), 1)
+    return float(moved), float(sum(b.numel() for b in base.values()))

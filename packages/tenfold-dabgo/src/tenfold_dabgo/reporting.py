@@ -112,6 +112,9 @@ def _facts(values: Mapping[str, Any]) -> dict[str, Any]:
         facts["score / noise"] = f"{details['noise']['ratio']:.3g}"
     if recall := details.get("prefilter", {}).get("recall"):
         facts["estimated recall"] = f"{recall:.2f}"
+    if stop := details.get("early_stop"):
+        facts["stopped early"] = f"{stop['scored']} of {stop['of']} texts"
+        facts["top groups right"] = f"{1 - stop['delta']:.3g}"
     return facts
 
 

@@ -71,6 +71,8 @@ class AttributionSettings:
     fisher_max_samples: int | None = None
     fisher_force: bool = False
     prefilter: float | None = None
+    early_stop: float | None = None
+    early_stop_by: str = "document"
     window: int | None = None
     stride: int | None = None
     min_tokens: int = 2
@@ -106,7 +108,29 @@ class AttributionSettings:
                 'a path goes with fisher = "file" and only with it'
             )
         reduction(self.how)
+        self._check_early_stop()
         self.perturbation()
+
+    def _check_early_stop(self) -> None:
+        if self.early_stop is None:
+            return
+        if not 0 < self.early_stop < 1:
+            raise ConfigError(
+                f"early_stop is {self.early_stop}; it must be a probability between 0 and 1"
+            )
+        overlap = self.stride is not None and self.window is not None and self.stride < self.window
+        conflicts = {
+            f"method = {self.method!r}": self.method != "dabgo",
+            "prefilter": self.prefilter is not None,
+            f"view = {self.resolved_view!r}": self.resolved_view != "signed",
+            f"how = {self.how!r}": self.how != "mean",
+            f"stride = {self.stride} below the window": overlap,
+        }
+        if found := [name for name, there in conflicts.items() if there]:
+            raise ConfigError(
+                f"early_stop does not go with {found[0]}: it finds the groups with the largest "
+                "mean of signed scores of method dabgo over samples that do not overlap"
+            )
 
     @property
     def resolved_view(self) -> str:

@@ -24,10 +24,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """This process's place: `rank` of `size` processes that work on one corpus together."""
+    """This process's place: `rank` of `size` processes that work on one corpus together.
+
+    `sharded`: weights are spread over them (see `zero3`), so all have to take the same number
+    of batches, and sums over weights are sums over processes.
+    """
 
     rank: int = 0
     size: int = 1
+    sharded: bool = False
 
     @classmethod
     def join(cls, ctx: Context) -> Team:
@@ -43,7 +48,12 @@ class Team:
         return self.size == 1
 
     def mine(self, things: Sequence[T]) -> Sequence[T]:
-        """This process's part: every `size`-th thing, so that sorted batches spread evenly."""
+        """This process's part: every `size`-th thing, so that sorted batches spread evenly.
+
+        Where everyone has to do equally many, some things are done twice.
+        """
+        if self.sharded and things:
+            things = [*things, *[things[0]] * (-len(things) % self.size)]
         return things[self.rank :: self.size]
 
     def gather(self, value: T) -> list[T]:

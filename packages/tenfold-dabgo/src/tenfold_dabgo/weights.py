@@ -102,7 +102,8 @@ def borrowed(
         for p, _, _ in wanted:
             if p.is_floating_point():
                 p.requires_grad_(grad and id(p) in chosen)
-        yield params
+        shards = getattr(model, "shards", None)
+        yield params if shards is None else shards(params)
     finally:
         model.restore(token)
         for sub, mode in modes:

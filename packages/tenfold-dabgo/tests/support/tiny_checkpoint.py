@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 LETTERS = string.ascii_lowercase
 TEXTS = [LETTERS[i % 20 : i % 20 + 6] + LETTERS[3 * i % 20 : 3 * i % 20 + i % 7] for i in range(40)]
@@ -33,6 +39,17 @@ def model(seed=0, context=32):
     ids = {"bos_token_id": 0, "eos_token_id": 0}
     config = GPT2Config(vocab_size=30, **sizes, **dropout, **ids)
     return GPT2LMHeadModel(config).eval()
+
+
+def llama(seed=0):
+    """The same size with a head of its own, rotary positions and no biases."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+        tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
 
 
 def write(folder, seed=0):
