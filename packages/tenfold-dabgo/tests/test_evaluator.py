@@ -278,3 +278,23 @@ def test_a_text_longer_than_the_context_is_refused_or_cut(model, tmp_path):
     assert "truncate = true" in results[0].error
     _, _, results = evaluate(model, tmp_path, long, truncate=True)
     assert "cut to the model's context" in results[0].values["query"]["notes"][0]
+
+
+def test_rankings_are_exported_where_asked_and_the_report_names_them(model, tmp_path):
+    forms = ["jsonl", "csv", "parquet", "markdown", "latex"]
+    ctx, evaluator, results = evaluate(model, tmp_path, query_set("abcdefgh"), export=forms)
+    paths = results[0].values["exports"]
+    assert list(paths) == forms
+    for path in paths.values():
+        assert (ctx.artifacts / path).stat().st_size > 100
+    first, *rows = (ctx.artifacts / paths["jsonl"]).read_text().splitlines()
+    assert json.loads(first)["settings"]["steps"] == 10
+    ranked = [json.loads(row) for row in rows]
+    assert len(ranked) == 7
+    assert [r["sample_id"] for r in ranked[:3]] == [
+        r["id"] for r in results[0].values["proponents"]
+    ]
+    markdown = render_markdown("t", list(evaluator.report(ctx, results, [])))
+    assert all(path in markdown for path in paths.values())
+    _, _, plain = evaluate(model, tmp_path, query_set("abcdefgh"), method="bm25", export=forms)
+    assert "latex" not in plain[0].values["exports"]

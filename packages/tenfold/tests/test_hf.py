@@ -185,6 +185,11 @@ def test_an_adapter_is_merged(checkpoint, tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(model.model(input_ids=ids).logits, adapted(input_ids=ids).logits)
     assert model.fingerprint() != load(str(checkpoint)).fingerprint()
+    apart = load(str(checkpoint), adapter=str(tmp_path / "adapter"), merge_adapter=False)
+    torch.testing.assert_close(apart.model(input_ids=ids).logits, adapted(input_ids=ids).logits)
+    names = [name for name, _ in apart.module().named_parameters() if "lora_" in name]
+    assert names
+    assert not any("lora_" in name for name, _ in model.module().named_parameters())
 
 
 def test_a_folders_own_tokenizer_is_read_as_it_is(tmp_path):

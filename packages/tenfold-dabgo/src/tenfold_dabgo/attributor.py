@@ -22,18 +22,20 @@ from tenfold.seeds import content_hash
 from torch import Tensor, nn
 
 from tenfold_dabgo import prefilter as pre
-from tenfold_dabgo.batches import sample_means
+from tenfold_dabgo.batches import length_buckets, sample_means
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.divergence import kl_to_now
+from tenfold_dabgo.early_stop import TopGroups
 from tenfold_dabgo.fisher import FisherDiagonal
 from tenfold_dabgo.granularity import token_scores
 from tenfold_dabgo.linear import QUERY_BLOCK, linear_scores
 from tenfold_dabgo.losses import SHARD_SAMPLES, LossPass, LossTable
 from tenfold_dabgo.perturb import Perturbation, Perturbed, gradient, perturb_both
-from tenfold_dabgo.precision import low_precision_agrees, noise_floor
+from tenfold_dabgo.precision import half_weights_warning, low_precision_agrees, noise_floor
 from tenfold_dabgo.queries import Query
 from tenfold_dabgo.scores import DIRECTIONS, AttributionResult
 from tenfold_dabgo.shards import ShardStore
+from tenfold_dabgo.team import ALONE, Team
 from tenfold_dabgo.weights import Weights, borrowed, copy_of, device_of, fingerprint
 
 T = TypeVar("T")
@@ -79,6 +81,10 @@ class BidirectionalAttributor:
         work_dir: folder for shards of unfinished passes, of `shard_samples` samples each.
         model_hash: the model's fingerprint, when it is known already.
         progress: progress bars.
+        team: the processes that share the corpus; all of them score the same queries.
+        force: discard shards of another model, corpus or setting instead of refusing them.
+        early_stop: accepted probability of a wrong set of top groups; None scores everything.
+        early_stop_by: column of those groups, `token_top` of which are wanted.
     """
 
     model: Grad
@@ -96,6 +102,10 @@ class BidirectionalAttributor:
     shard_samples: int = SHARD_SAMPLES
     progress: Progress = no_progress
     model_hash: str = ""
+    team: Team = ALONE
+    force: bool = False
+    early_stop: float | None = None
+    early_stop_by: str = "document"
     _base: np.ndarray | None = field(default=None, init=False, repr=False)
 
     def attribute(self, queries: Iterable[Query]) -> Iterator[AttributionResult]:
@@ -113,15 +123,30 @@ class BidirectionalAttributor:
         """`[Q, N]` inner products `<g_i, Pi g_x>`, all queries in one pass."""
         with borrowed(self.model, self.perturbation.params) as params:
             directions = (self._direction(params, query) for query in queries)
+            budget = max(self.token_budget // 2, 1)
             with self.progress("first-order scores", len(self.dataset), "samples") as bar:
-                return linear_scores(
+                scores = linear_scores(
                     self.model,
                     params,
                     self.dataset,
                     directions,
-                    token_budget=max(self.token_budget // 2, 1),
+                    indices=self._share(budget),
+                    token_budget=budget,
                     advance=bar.advance,
                 )
+        if not self.team.alone:
+            parts = np.stack(self.team.gather(scores))
+            known = np.isfinite(parts)
+            scores = np.where(known.any(axis=0), np.where(known, parts, 0.0).sum(axis=0), np.nan)
+        return scores
+
+    def _share(self, budget: int) -> np.ndarray | None:
+        """The samples whose first-order scores this process computes; None for all."""
+        if self.team.alone:
+            return None
+        everything = np.arange(len(self.dataset))
+        mine = self.team.mine(length_buckets(self.dataset, everything, budget))
+        return np.concatenate([np.zeros(0, dtype=np.int64), *mine])
 
     def _direction(self, params: Mapping[str, nn.Parameter], query: Query) -> Weights:
         """v = Pi g_x."""
@@ -145,6 +170,7 @@ class BidirectionalAttributor:
             self.fisher,
             len(self.dataset),
             kl_to_now(self.model, query),
+            getattr(self.model, "calculus", None),
         )
         self.model.module().eval()
         return result
@@ -161,7 +187,11 @@ class BidirectionalAttributor:
             picked = None
             if linear is not None and self.prefilter is not None:
                 picked = pre.candidates(linear, self.prefilter, self.seed, max(self.token_top, 1))
-            table = self._corpus_pass(passes, query, picked)
+            stopped: TopGroups | None = None
+            if self.early_stop is None:
+                table = self._corpus_pass(passes, query, picked)
+            else:
+                table, stopped = self._stopped_pass(passes, query, self.early_stop)
             values = table.means["ascent"] - table.means["descent"]
             noise = noise_floor(passes, base, values, table.means)
             warnings += [noise.warning()] if noise.warning() else []
@@ -173,6 +203,8 @@ class BidirectionalAttributor:
                 result.losses["base"] = self._base_losses(params, base)
             result.tokens = self._token_scores(result, table, passes)
         seconds |= {"pass": table.seconds, "total": time.perf_counter() - started}
+        if stopped is not None:
+            result.details["early_stop"] = stopped.report(self.early_stop_by).to_json()
         result.details |= {
             "trace": {
                 "ascent": [asdict(step) for step in moved.ascent_trace],
@@ -196,8 +228,9 @@ class BidirectionalAttributor:
         """The pass over both directions; in a lower precision only if a probe ranks the same."""
         variants = {"ascent": moved.ascent, "descent": moved.descent}
         passes = LossPass(
-            self.model, params, self.dataset, variants, self.token_budget, self.precision
+            self.model, params, self.dataset, variants, self.token_budget, self.precision, self.team
         )
+        warnings += half_weights_warning(params)
         if self.precision == "float32":
             return passes
         agrees, agreement = low_precision_agrees(passes, self.precision)
@@ -224,8 +257,39 @@ class BidirectionalAttributor:
                 advance=bar.advance,
             )
         if store is not None:
-            store.remove()
+            self.team.first(store.remove)
         return table
+
+    def _stopped_pass(
+        self, passes: LossPass, query: Query, delta: float
+    ) -> tuple[LossTable, TopGroups]:
+        """The exact pass over as many samples as the top groups need, round by round."""
+        labels = [str(value) for value in self.dataset.column(self.early_stop_by)]
+        scorable = self.dataset.scorable
+        groups = TopGroups(labels, scorable, max(self.token_top, 1), delta, self.seed)
+        table = LossTable(
+            self.dataset.n_scored,
+            {name: np.full(len(self.dataset), np.nan) for name in passes.variants},
+            {name: {} for name in passes.variants} if self.all_tokens else {},
+        )
+        stores = []
+        with self.progress(f"losses for {query.id}", int(scorable.sum()), "samples") as bar:
+            while len(chosen := groups.next()):
+                store = self._store(query, chosen, passes.precision, f"-round-{groups.round}")
+                stores += [] if store is None else [store]
+                table.add(
+                    passes.run(
+                        chosen,
+                        per_token=self.all_tokens,
+                        store=store,
+                        shard_samples=self.shard_samples,
+                        advance=bar.advance,
+                    )
+                )
+                groups.judge(table.means["ascent"] - table.means["descent"])
+        for store in stores:  # an interruption in a late round keeps the early ones
+            self.team.first(store.remove)
+        return table, groups
 
     def _fill_in(
         self,
@@ -241,7 +305,9 @@ class BidirectionalAttributor:
         result.exact = np.isfinite(exact)
         result.values = np.where(result.exact, exact, predicted)
 
-    def _store(self, query: Query, chosen: np.ndarray, precision: str) -> ShardStore | None:
+    def _store(
+        self, query: Query, chosen: np.ndarray, precision: str, part: str = ""
+    ) -> ShardStore | None:
         if self.work_dir is None:
             return None
         self.model_hash = self.model_hash or fingerprint(self.model)
@@ -257,12 +323,16 @@ class BidirectionalAttributor:
                 "pass": [precision, self.token_budget, self.all_tokens],
             }
         )
-        return ShardStore.open(self.work_dir / "losses" / content_hash(query.id), key)
+        store = ShardStore(self.work_dir / "losses" / f"{content_hash(query.id)}{part}", key)
+        self.team.first(lambda: store.prepare(force=self.force))
+        return store
 
     def _base_losses(self, params: Mapping[str, Tensor], base: Weights) -> np.ndarray:
         """`[N]` losses at theta_0, computed once."""
         if self._base is None:
-            passes = LossPass(self.model, params, self.dataset, {"base": base}, self.token_budget)
+            passes = LossPass(
+                self.model, params, self.dataset, {"base": base}, self.token_budget, team=self.team
+            )
             self._base = passes.run().means["base"]
         return self._base
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from tenfold.errors import ConfigError
 
 MIN_SCORED_LENGTH = 2
 """A sample needs two tokens: the first has no loss, so one token gives no score."""
+INPUT_IDS = "input_ids"
+"""Metadata column of records that are tokens already (see `token_files`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,29 @@ class TokenDataset:
             spans=self.spans[chosen],
         )
 
+    def joined(self, other: TokenDataset) -> TokenDataset:
+        """This corpus followed by another one.
+
+        Raises:
+            ConfigError: they share a sample id or a document id.
+        """
+        mine = {*self.sample_ids, *(d.id for d in self.documents)}
+        theirs = [*other.sample_ids, *(d.id for d in other.documents)]
+        if shared := [name for name in theirs if name in mine]:
+            raise ConfigError(
+                f"both corpora have a text with the id {shared[0]!r}; ids must be unique"
+            )
+        shift = len(self.tokens)
+        moved = [replace(d, start=d.start + shift, stop=d.stop + shift) for d in other.documents]
+        return TokenDataset(
+            tokens=np.concatenate([self.tokens, other.tokens]),
+            documents=[*self.documents, *moved],
+            sample_ids=[*self.sample_ids, *other.sample_ids],
+            document_of=np.concatenate([self.document_of, other.document_of + len(self.documents)]),
+            spans=np.concatenate([self.spans, other.spans + shift]),
+            dropped=self.dropped + other.dropped,
+        )
+
     def deduplicated(self) -> TokenDataset:
         """The dataset without samples whose tokens repeat those of an earlier sample."""
         seen: set[bytes] = set()
@@ -145,7 +170,8 @@ class TokenDataset:
     ) -> TokenDataset:
         """Tokenizes `TextRecord`s with the model's own tokenizer, see `from_ids`.
 
-        `window` defaults to the model's context length.
+        Records that carry `input_ids` in their metadata are taken as they are. `window`
+        defaults to the model's context length.
 
         Raises:
             ConfigError: `window` exceeds the context, or as in `from_ids`.
@@ -156,7 +182,7 @@ class TokenDataset:
                 f"window is {window} tokens, but the model reads at most {context}",
                 hint=f"set window to {context} or less",
             )
-        rows = [(record.id, tokenizer.encode(record.text), record.metadata) for record in records]
+        rows = [(record.id, *_tokens(record, tokenizer)) for record in records]
         return cls.from_ids(
             [ids for _, ids, _ in rows],
             ids=[name for name, _, _ in rows],
@@ -220,6 +246,14 @@ class TokenDataset:
             spans=np.asarray(spans, dtype=np.int64).reshape(-1, 2),
             dropped=dropped,
         )
+
+
+def _tokens(record: Any, tokenizer: Tokenizes) -> tuple[Sequence[int], Mapping[str, Any]]:
+    """A record's token ids, and its metadata without them."""
+    given = record.metadata.get(INPUT_IDS)
+    if not isinstance(given, list | tuple):
+        return tokenizer.encode(record.text), record.metadata
+    return given, {k: v for k, v in record.metadata.items() if k != INPUT_IDS}
 
 
 def _windows(length: int, window: int | None, stride: int | None) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tenfold.seeds import content_hash
 from tenfold_dabgo import describe
 from tenfold_dabgo.attributor import Attributor, BidirectionalAttributor, blocks
 from tenfold_dabgo.corpus import TokenDataset
+from tenfold_dabgo.cost import Cost, Work, estimate, shaped_size
 from tenfold_dabgo.linear import QUERY_BLOCK
 from tenfold_dabgo.methods import make_attributor
 from tenfold_dabgo.queries import Query, query_from_record
@@ -23,7 +24,9 @@ from tenfold_dabgo.scores import AttributionResult
 from tenfold_dabgo.settings import AttributionSettings
 from tenfold_dabgo.shards import write_arrays
 from tenfold_dabgo.summary import item_summary, summarize
+from tenfold_dabgo.team import Team, explain_failure
 from tenfold_dabgo.weights import fingerprint
+from tenfold_dabgo.zero3 import spread
 
 CACHE_FOLDER = "dabgo"
 
@@ -50,6 +53,7 @@ class Attribution:
         self.settings = AttributionSettings(**params)
         self._train: Dataset | None = None
         self._prepared: tuple[Any, _Prepared] | None = None
+        self._spread: tuple[Any, Any, Team] | None = None
 
     def plan(self, ctx: Context, data: Mapping[str, Dataset]) -> WorkItems:
         """One item per query record, in the dataset's order."""
@@ -65,10 +69,29 @@ class Attribution:
     def run(
         self, ctx: Context, models: Mapping[str, Any], items: Iterable[WorkItem]
     ) -> Iterator[ItemResult]:
-        """Attributes the items. A query that cannot be attributed fails alone."""
-        model = models["model"]
+        """Attributes the items. A query that cannot be attributed fails alone.
+
+        Several processes score everybody's queries together, each on its part of the corpus;
+        each gives the results of its own items.
+
+        Raises:
+            ComponentError: shared work failed on one of several processes.
+        """
+        team = Team.join(ctx)
+        try:
+            yield from self._run(ctx, models["model"], items, team)
+        except Exception as error:
+            if team.alone:
+                raise
+            raise explain_failure(error, team.rank) from error
+
+    def _run(
+        self, ctx: Context, model: Any, items: Iterable[WorkItem], team: Team
+    ) -> Iterator[ItemResult]:
         prepared: _Prepared | None = None
-        for block in blocks(items, QUERY_BLOCK if self.settings.prefilter else 1):
+        model, team = self._spread_over(model, team)
+        size = QUERY_BLOCK if self.settings.prefilter else 1
+        for block in team.rounds(blocks(items, size)):
             queries: list[Query] = []
             for item in block:
                 try:
@@ -77,11 +100,18 @@ class Attribution:
                     )
                 except ConfigError as error:
                     yield ItemResult(item.id, error=str(error))
-            if queries:
-                prepared = prepared or self._prepare(ctx, model)
-                yield from self._attribute(ctx, model, prepared, queries)
+            shared = [query for own in team.gather(queries) for query in own]
+            if shared:
+                prepared = prepared or self._prepare(ctx, model, team)
+                yield from self._attribute(ctx, model, prepared, queries, shared)
 
-    def _prepare(self, ctx: Context, model: Any) -> _Prepared:
+    def _spread_over(self, model: Any, team: Team) -> tuple[Any, Team]:
+        """The model and team, with weights spread once where the run asks for it."""
+        if self._spread is None or self._spread[0] is not model:
+            self._spread = (model, *spread(model, self.settings, team))
+        return self._spread[1:]
+
+    def _prepare(self, ctx: Context, model: Any, team: Team) -> _Prepared:
         """Tokenizes the corpus and builds the methods; kept while the model is the same."""
         if self._prepared is not None and self._prepared[0] is model:
             return self._prepared[1]
@@ -105,6 +135,7 @@ class Attribution:
             short_windows_dropped=dataset.dropped,
             hash=dataset.content_hash(),
         )
+        ctx.log("cost", **_query_cost(model, dataset, settings).to_json())
         model_hash = fingerprint(model)
 
         def build(name: str) -> Attributor:
@@ -117,6 +148,7 @@ class Attribution:
                 work=Path(ctx.work_dir) / "passes",
                 model_hash=model_hash,
                 progress=ctx.progress,
+                team=team,
             )
 
         others = {name: build(name) for name in settings.compare if name != settings.method}
@@ -125,29 +157,45 @@ class Attribution:
         return prepared
 
     def _attribute(
-        self, ctx: Context, model: Any, prepared: _Prepared, queries: Sequence[Query]
+        self,
+        ctx: Context,
+        model: Any,
+        prepared: _Prepared,
+        queries: Sequence[Query],
+        shared: Sequence[Query],
     ) -> Iterator[ItemResult]:
-        main = prepared.main
-        linear: Sequence[np.ndarray | None] = [None] * len(queries)
-        if isinstance(main, BidirectionalAttributor) and self.settings.prefilter:
-            linear = list(main.first_order(queries))
-        compared = {
-            name: list(method.attribute(queries)) for name, method in prepared.others.items()
-        }
-        for number, query in enumerate(queries):
-            others = {name: results[number] for name, results in compared.items()}
+        """Results of this process's `queries`, which are among the `shared` ones of all."""
+        compared: dict[str, dict[str, AttributionResult | RunFailed]] = {q.id: {} for q in queries}
+        for name, method in prepared.others.items():
+            for query, other in self._results(method, queries, shared):
+                if query.id in compared:
+                    compared[query.id][name] = other
+        for query, result in self._results(prepared.main, queries, shared):
+            if query.id not in compared:
+                continue
             try:
-                result = self._result(main, query, linear[number])
-                yield ItemResult(query.id, self._values(ctx, model, query, result, others))
+                others = {name: _sound(r) for name, r in compared[query.id].items()}
+                values = self._values(ctx, model, query, _sound(result), others)
+                yield ItemResult(query.id, values)
             except RunFailed as error:
                 yield ItemResult(query.id, error=str(error))
 
-    def _result(
-        self, main: Attributor, query: Query, linear: np.ndarray | None
-    ) -> AttributionResult:
-        if isinstance(main, BidirectionalAttributor):
-            return main.score(query, linear)
-        return next(iter(main.attribute([query])))
+    def _results(
+        self, main: Attributor, queries: Sequence[Query], shared: Sequence[Query]
+    ) -> Iterator[tuple[Query, AttributionResult | RunFailed]]:
+        """A method's results: DABGO's for the shared queries, in one order on every process;
+        another method's for this process's own."""
+        if not isinstance(main, BidirectionalAttributor):
+            yield from zip(queries, main.attribute(queries), strict=True)
+            return
+        linear: Sequence[np.ndarray | None] = [None] * len(shared)
+        if self.settings.prefilter:
+            linear = list(main.first_order(shared))
+        for query, scores in zip(shared, linear, strict=True):
+            try:
+                yield query, main.score(query, scores)
+            except RunFailed as error:
+                yield query, error
 
     def _values(
         self,
@@ -164,6 +212,9 @@ class Attribution:
         artifact = f"scores/{content_hash(query.id)}.npz"
         write_arrays(Path(ctx.artifacts) / artifact, result.arrays())
         details = dict(result.details)
+        if settings.top_k > (known := int(result.scored.sum())):
+            note = f"top_k is {settings.top_k}, but only {known} training texts have a score"
+            details["warnings"] = [*details.get("warnings", ()), note]
         timings = {
             key: details.pop(key) for key in ("seconds", "tokens_per_second") if key in details
         }
@@ -200,7 +251,32 @@ class Attribution:
                 for name, other in others.items()
             },
             "artifact": artifact,
+            **self._exported(ctx, model, result, view),
         }
+
+    def _exported(
+        self, ctx: Context, model: Any, result: AttributionResult, view: str
+    ) -> dict[str, Any]:
+        """Writes the exports that are asked for; their paths below the run's artifacts."""
+        if not self.settings.export:
+            return {}
+        from tenfold_dabgo.exports import FORMATS, export
+
+        paths = {}
+        for form in self.settings.export:
+            if form == "latex" and not result.tokens:
+                continue  # a method without token scores has nothing to highlight
+            paths[form] = f"exports/{content_hash(result.query_id)}.{FORMATS[form]}"
+            export(
+                result,
+                form,
+                Path(ctx.artifacts) / paths[form],
+                view=view,
+                model=model,
+                settings=asdict(self.settings),
+                top=self.settings.top_k,
+            )
+        return {"exports": paths}
 
     def _same_group(
         self, query: Query, result: AttributionResult, top: Sequence[int]
@@ -229,3 +305,22 @@ class Attribution:
         from tenfold_dabgo.reporting import report_blocks
 
         return report_blocks(results)
+
+
+def _query_cost(model: Any, dataset: TokenDataset, settings: AttributionSettings) -> Cost:
+    """What attributing one query over this corpus costs, the Fisher included."""
+    module = model.module()
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+    config = getattr(module, "config", None)
+    table = config.to_dict() if hasattr(config, "to_dict") else {}
+    tokens = int(dataset.lengths.sum())
+    length = tokens / max(len(dataset), 1)
+    work = Work(len(dataset), tokens, length, 1, min(length, model.context_length))
+    return estimate(shaped_size(shapes, table, settings.params), work, asdict(settings))
+
+
+def _sound(result: AttributionResult | RunFailed) -> AttributionResult:
+    """The result, or the failure raised."""
+    if isinstance(result, RunFailed):
+        raise result
+    return result

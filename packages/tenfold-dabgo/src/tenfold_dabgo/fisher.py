@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,14 @@ class FisherDiagonal:
         Raises:
             ConfigError: parameters missing or of another shape; lists the first few.
         """
+        return {n: v.to(params[n].device) for n, v in self.aligned_to(params).items()}
+
+    def aligned_to(self, params: Mapping[str, Tensor]) -> Weights:
+        """Values for exactly these parameters, where they are.
+
+        Raises:
+            ConfigError: parameters missing or of another shape; lists the first few.
+        """
         missing = [n for n in params if n not in self.values]
         wrong = [
             f"{n}: {tuple(self.values[n].shape)} for {tuple(p.shape)}"
@@ -82,7 +90,7 @@ class FisherDiagonal:
                 f"{len(wrong)} of another shape ({'; '.join(wrong[:3])})",
                 hint="it was estimated on another model; estimate it again",
             )
-        return {n: self.values[n].to(p.device) for n, p in params.items()}
+        return {n: self.values[n] for n in params}
 
     def precondition(
         self, params: Mapping[str, Tensor], damping: float | str
@@ -103,8 +111,18 @@ class FisherDiagonal:
             )
         return {n: 1.0 / (v + epsilon) for n, v in values.items()}, epsilon
 
-    def check(self, model_hash: str, data_hash: str, corpus_size: int, *, force: bool) -> None:
+    def check(
+        self,
+        model_hash: str,
+        data_hash: str,
+        corpus_size: int,
+        *,
+        names: Collection[str] | None = None,
+        force: bool,
+    ) -> None:
         """Compares the provenance with the model and corpus at hand.
+
+        `names` are the model's weights: a Fisher of others was estimated on something else.
 
         Raises:
             ConfigError: something differs and `force` is not set; with `force` the difference
@@ -118,6 +136,9 @@ class FisherDiagonal:
             problems.append(f"corpus {facts.data_hash}, now {data_hash}")
         if facts.corpus_size and facts.corpus_size != corpus_size:
             problems.append(f"corpus of {facts.corpus_size} samples, now {corpus_size}")
+        extra = [] if names is None else [n for n in self.values if n not in names]
+        if extra:
+            problems.append(f"{len(extra)} weights that the model lacks, such as {extra[0]}")
         if not problems:
             return
         message = "the Fisher was estimated on something else: " + "; ".join(problems)

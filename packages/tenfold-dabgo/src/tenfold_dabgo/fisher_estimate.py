@@ -31,6 +31,7 @@ from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.fisher import FisherDiagonal, FisherFacts, identity_fisher
 from tenfold_dabgo.fisher_progress import PartialFisher
 from tenfold_dabgo.persample import PerSampleGradients
+from tenfold_dabgo.team import ALONE, Team
 from tenfold_dabgo.weights import Weights, borrowed, device_of, fingerprint
 
 KINDS = ("sample_mean", "sample_sum", "token", "sampled", "identity", "file")
@@ -51,6 +52,7 @@ def estimate_fisher(
     route: str = "auto",
     advance: Callable[[int], None] | None = None,
     resume: Path | None = None,
+    team: Team = ALONE,
 ) -> FisherDiagonal:
     """Diagonal Fisher of the selected weights at the model's current values.
 
@@ -67,6 +69,7 @@ def estimate_fisher(
         route: how per-sample gradients are taken, see `persample`.
         advance: called with the number of samples done.
         resume: file for a partial estimate, so that an interrupted call can go on.
+        team: the processes that share the estimate; all call with equal arguments.
 
     Raises:
         ConfigError: unknown kind, or no sample has two tokens.
@@ -85,12 +88,14 @@ def estimate_fisher(
         )
         texts = draw_texts(model, chosen, seed) if kind == "sampled" else chosen
         totals = {n: torch.zeros_like(p, requires_grad=False) for n, p in weights.items()}
-        partial = PartialFisher.open(resume, totals, _key(facts, chosen, params, token_budget))
+        key = _key(facts, chosen, params, token_budget, team)
+        partial = PartialFisher.open(_own_part(resume, team), totals, key)
         gradients = PerSampleGradients(
             model, weights, route, reduction="mean" if kind in ("sample_mean", "sampled") else "sum"
         )
         add = _add_token_squares if kind == "token" else _add_sample_squares
-        buckets = length_buckets(texts, np.arange(len(texts)), token_budget, device_of(model))
+        cuts = length_buckets(texts, np.arange(len(texts)), token_budget, device_of(model))
+        buckets = team.mine(cuts)
         for number, bucket in enumerate(buckets):
             if number < partial.batches_done:
                 continue
@@ -103,12 +108,14 @@ def estimate_fisher(
                 partial.save()
             if advance is not None:
                 advance(len(bucket))
-    count = partial.n_tokens if kind == "token" else partial.n_samples
+    team.sum_in_place(totals.values())
+    n_samples, n_tokens = map(int, team.sum_numbers(partial.n_samples, partial.n_tokens))
+    count = n_tokens if kind == "token" else n_samples
     if count == 0:
         raise ConfigError("no training sample has two tokens: the Fisher cannot be estimated")
     values = {n: v / count for n, v in totals.items()}
     partial.remove()
-    facts = replace(facts, n_samples=partial.n_samples, n_tokens=partial.n_tokens)
+    facts = replace(facts, n_samples=n_samples, n_tokens=n_tokens)
     return FisherDiagonal(values, facts)
 
 
@@ -188,6 +195,16 @@ def _token_squares(use: Use, shape: torch.Size) -> Tensor:
     return delta.T @ a if use.kind == "outer" else a.T @ delta
 
 
-def _key(facts: FisherFacts, chosen: TokenDataset, params: str, token_budget: int) -> str:
+def _own_part(resume: Path | None, team: Team) -> Path | None:
+    """This process's file of partial sums."""
+    if resume is None or team.alone:
+        return resume
+    return resume.with_name(f"{resume.name}-{team.rank}-of-{team.size}")
+
+
+def _key(
+    facts: FisherFacts, chosen: TokenDataset, params: str, token_budget: int, team: Team
+) -> str:
     text = f"{facts}|{chosen.content_hash()}|{params}|{token_budget}|cheapest cuts"
+    text += "" if team.alone else f"|{team}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]

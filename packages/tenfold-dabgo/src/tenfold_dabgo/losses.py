@@ -23,6 +23,7 @@ from torch import Tensor
 from tenfold_dabgo.batches import length_buckets, pad_id, token_batch
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.shards import ShardStore
+from tenfold_dabgo.team import ALONE, Team
 from tenfold_dabgo.weights import Weights, load
 
 TOKEN_BUDGET = 8192
@@ -49,6 +50,16 @@ class LossTable:
     n_tokens: int = 0
     seconds: float = 0.0
 
+    def add(self, other: LossTable) -> None:
+        """Takes over what another pass over the same corpus evaluated."""
+        for name, values in other.means.items():
+            known = np.isfinite(values)
+            self.means[name][known] = values[known]
+        for name, rows in other.tokens.items():
+            self.tokens[name] |= rows
+        self.n_tokens += other.n_tokens
+        self.seconds += other.seconds
+
 
 @dataclass(frozen=True)
 class LossPass:
@@ -62,6 +73,7 @@ class LossPass:
         variants: name → weights; evaluated in this order on every batch.
         token_budget: tokens per batch, padding included.
         precision: `float32` (whatever the weights are), or autocast to `bfloat16`/`float16`.
+        team: the processes that share the pass; all of them call `run` with equal arguments.
 
     Raises:
         ConfigError: unknown precision, or a budget below 1.
@@ -73,6 +85,7 @@ class LossPass:
     variants: Mapping[str, Weights]
     token_budget: int = TOKEN_BUDGET
     precision: str = "float32"
+    team: Team = ALONE
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -109,11 +122,13 @@ class LossPass:
         started = time.perf_counter()
         for number, start in enumerate(range(0, len(chosen), shard_samples)):
             part = chosen[start : start + shard_samples]
-            rows = store.read(number) if store is not None else None
+            rows = self._stored(store, number)
             if rows is None:
-                rows = _collect(self._batches(part), self.variants, per_token, advance)
-                if store is not None:
-                    store.write(number, rows)
+                mine = _collect(self._batches(part), self.variants, per_token, advance)
+                rows = self.team.join_rows(mine)
+                self._keep(store, number, rows)
+                if advance is not None and not self.team.alone:
+                    advance(len(rows["index"]) - len(mine["index"]))
             elif advance is not None:
                 advance(len(part))
             _fill(table, rows, self.variants, per_token)
@@ -121,10 +136,18 @@ class LossPass:
         table.seconds = time.perf_counter() - started
         return table
 
+    def _stored(self, store: ShardStore | None, number: int) -> dict[str, np.ndarray] | None:
+        return None if store is None else self.team.first(lambda: store.read(number))
+
+    def _keep(self, store: ShardStore | None, number: int, rows: Mapping[str, np.ndarray]) -> None:
+        if store is not None:
+            self.team.first(lambda: store.write(number, rows))
+
     def _batches(self, part: np.ndarray) -> Iterator[Batch]:
         device = next(iter(self.params.values())).device
         names, loaded = list(self.variants), ""
-        for bucket in length_buckets(self.dataset, part, self.token_budget, device):
+        buckets = length_buckets(self.dataset, part, self.token_budget, device)
+        for bucket in self.team.mine(buckets):
             batch = token_batch(self.dataset, bucket, pad_id(self.model), device)
             losses = {}
             for name in names:

@@ -20,6 +20,7 @@ from tenfold_dabgo.baselines.untrac import UnTracInvAttributor
 from tenfold_dabgo.cache import obtain_fisher
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.settings import AttributionSettings
+from tenfold_dabgo.team import ALONE, Team
 
 GRADIENT_METHODS = ("trackstar", "trak", "datainf")
 """Methods over per-sample gradients that are not DABGO's own."""
@@ -35,6 +36,7 @@ def make_attributor(
     work: Path | None = None,
     model_hash: str = "",
     progress: Progress = no_progress,
+    team: Team = ALONE,
 ) -> Attributor:
     """Builds a method over a model and corpus.
 
@@ -47,6 +49,7 @@ def make_attributor(
         work: folder for what an interrupted pass leaves.
         model_hash: the model's fingerprint, when it is known already.
         progress: progress bars.
+        team: the processes that share the corpus.
     """
     if name == "bm25":
         return Bm25Attributor(model, dataset)
@@ -60,7 +63,7 @@ def make_attributor(
             progress=progress,
         )
     if name in GRADIENT_METHODS:
-        return _gradient_method(name, model, dataset, settings, cache, model_hash, progress)
+        return _gradient_method(name, model, dataset, settings, cache, model_hash, progress, team)
     if name == "untrac-inv":
         return UnTracInvAttributor(
             model,
@@ -80,7 +83,7 @@ def make_attributor(
         return RandomAttributor(dataset, settings.seed)
     if name == "perplexity":
         return PerplexityAttributor(model, dataset, settings.token_budget)
-    fisher = obtain_fisher(model, dataset, settings, cache, model_hash, progress)
+    fisher = obtain_fisher(model, dataset, settings, cache, model_hash, progress, team)
     return BidirectionalAttributor(
         model,
         dataset,
@@ -95,6 +98,11 @@ def make_attributor(
         work_dir=work,
         model_hash=model_hash,
         progress=progress,
+        team=team,
+        shard_samples=settings.shard_samples,
+        force=settings.force,
+        early_stop=settings.early_stop,
+        early_stop_by=settings.early_stop_by,
     )
 
 
@@ -106,6 +114,7 @@ def _gradient_method(
     cache: Path,
     model_hash: str,
     progress: Progress,
+    team: Team,
 ) -> Attributor:
     """TrackStar, TRAK or DataInf; the first and last take their second moments from the
     `sample_mean` Fisher, which is cached like DABGO's own."""
@@ -116,7 +125,7 @@ def _gradient_method(
         )
     # Everything moves, whatever DABGO's own selection is: these methods have no such choice.
     moments = replace(settings, fisher="sample_mean", fisher_path=None, params="all")
-    fisher = obtain_fisher(model, dataset, moments, cache, model_hash, progress)
+    fisher = obtain_fisher(model, dataset, moments, cache, model_hash, progress, team)
     if name == "datainf":
         return DataInfAttributor(model, dataset, fisher, token_budget=budget, progress=progress)
     return TrackStarAttributor(

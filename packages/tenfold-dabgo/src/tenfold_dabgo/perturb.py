@@ -12,7 +12,7 @@ The engine knows nothing about language models: it takes parameters and a loss f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -127,6 +127,7 @@ def perturb_both(
     fisher: FisherDiagonal | None,
     n_samples: int,
     kl: Callable[[], float] | None = None,
+    calculus: Calculus | None = None,
 ) -> Perturbed:
     """Runs ascent and descent from the current weights and puts those back.
 
@@ -137,21 +138,25 @@ def perturb_both(
         fisher: diagonal Fisher at theta_0; None stands for F = 1 (then epsilon should be 0).
         n_samples: corpus size, N unless `settings.dataset_size` says otherwise.
         kl: KL(theta_0 || theta) at the current weights.
+        calculus: how gradients are taken and numbers are added up over all weights.
 
     Raises:
         RunFailed: the loss became non-finite; says at which step and what to change.
     """
+    calculus = calculus or Calculus()
     base = copy_of(params)
     precondition, damping = _precondition(params, settings, fisher)
     auto, number = number_or_prefixed("lr", settings.lr, "auto")
     size = settings.dataset_size or n_samples
-    lr = _automatic_lr(params, loss, settings, precondition, size, number) if auto else number
+    lr = number
+    if auto:
+        lr = _automatic_lr(params, loss, settings, precondition, size, number, calculus)
     limit = RISE_LIMIT * number if auto else math.inf
     for backtracks in range(MAX_BACKTRACKS + 1):
         rule = make_rule(settings, params, base, precondition, fisher, lr, size)
         try:
-            ascent = _walk(params, loss, rule, settings, ASCENT, base, kl, limit)
-            descent = _walk(params, loss, rule, settings, DESCENT, base, kl, limit)
+            ascent = _walk(params, loss, rule, settings, ASCENT, base, kl, limit, calculus)
+            descent = _walk(params, loss, rule, settings, DESCENT, base, kl, limit, calculus)
         except Diverged as problem:
             load(params, base)
             if not auto or backtracks == MAX_BACKTRACKS:
@@ -192,10 +197,11 @@ def _automatic_lr(
     precondition: Weights | None,
     size: int,
     change: float,
+    calculus: Calculus,
 ) -> float:
     """The alpha for which K steps change the loss by `change` to first order."""
-    gradients = gradient(params, loss())
-    rate = predicted_rate(settings.method, gradients, precondition, size)
+    gradients = calculus.gradient(params, loss())
+    (rate,) = calculus.totals([predicted_rate(settings.method, gradients, precondition, size)])
     if not math.isfinite(rate) or rate <= 0:
         raise RunFailed(
             f"the query's loss has a gradient of size {rate:.3g}: no step can change it",
@@ -213,12 +219,13 @@ def _walk(
     base: Weights,
     kl: Callable[[], float] | None,
     limit: float,
+    calculus: Calculus,
 ) -> tuple[Weights, list[TraceStep]]:
     """K steps in one direction from `base`; leaves the parameters at `base` again."""
     load(params, base)
     rule.reset()
     trace: list[TraceStep] = []
-    scales = _scales({name: base[name] for name in params})
+    scales = _scales({name: base[name] for name in params}, calculus)
     devices = sorted({p.device.index or 0 for p in params.values() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(settings.seed)
@@ -226,9 +233,9 @@ def _walk(
             with torch.enable_grad():
                 value = loss()
             _guard(value, step, sign, trace, limit)
-            trace.append(_state(step, value, params, base, scales, kl))
+            trace.append(_state(step, value, params, base, scales, kl, calculus))
             if step < settings.steps:
-                rule.step(gradient(params, value), sign)
+                rule.step(calculus.gradient(params, value), sign)
     moved = copy_of(params)
     load(params, base)
     return moved, trace
@@ -255,25 +262,27 @@ def _state(
     base: Weights,
     scales: list[float],
     kl: Callable[[], float] | None,
+    calculus: Calculus,
 ) -> TraceStep:
     """The trace's entry; `scales` are the root mean squares of the tensors of `base`."""
     if step == 0:
         return TraceStep(0, float(value.detach()), 0.0, 0.0, 0.0)
     changes = torch._foreach_sub([p.detach() for p in params.values()], [base[n] for n in params])
-    squared = math.fsum(float(x) ** 2 for x in torch._foreach_norm(changes))
-    peaks = torch._foreach_norm(changes, math.inf)
-    largest = max((float(x) / s for x, s in zip(peaks, scales, strict=True)), default=0.0)
+    [squared] = calculus.totals([math.fsum(float(x) ** 2 for x in torch._foreach_norm(changes))])
+    peaks = [float(c.abs().max()) if c.numel() else 0.0 for c in changes]
+    largest = max((x / s for x, s in zip(peaks, scales, strict=True)), default=0.0)
+    largest = calculus.largest(largest)
     divergence = kl() if kl is not None else None
     return TraceStep(step, float(value.detach()), math.sqrt(squared), largest, divergence)
 
 
-def _scales(base: Weights) -> list[float]:
-    """Root mean square of each tensor; 1 where it is zero."""
-    norms = torch._foreach_norm(list(base.values()))
-    return [
-        float(x) / math.sqrt(max(b.numel(), 1)) or 1.0
-        for x, b in zip(norms, base.values(), strict=True)
-    ]
+def _scales(base: Weights, calculus: Calculus) -> list[float]:
+    """Root mean square of each whole tensor; 1 where it is zero."""
+    squares = [float(x) ** 2 for x in torch._foreach_norm(list(base.values()))]
+    counts = [float(b.numel()) for b in base.values()]
+    totals = calculus.totals([*squares, *counts])
+    pairs = zip(totals[: len(squares)], totals[len(squares) :], strict=True)
+    return [math.sqrt(square / max(count, 1.0)) or 1.0 for square, count in pairs]
 
 
 def gradient(params: Mapping[str, Tensor], loss: Tensor) -> Weights:
@@ -290,6 +299,16 @@ def gradient(params: Mapping[str, Tensor], loss: Tensor) -> Weights:
     values = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
     pairs = zip(params.items(), values, strict=True)
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}
+
+
+@dataclass(frozen=True, slots=True)
+class Calculus:
+    """How gradients are taken, and how numbers over all weights are made of those over the
+    weights at hand: here, all weights are at hand (see `zero3` for another)."""
+
+    gradient: Callable[[Mapping[str, Tensor], Tensor], Weights] = gradient
+    totals: Callable[[Sequence[float]], Sequence[float]] = list
+    largest: Callable[[float], float] = float
 
 
 def _trace_warnings(result: Perturbed) -> list[str]:

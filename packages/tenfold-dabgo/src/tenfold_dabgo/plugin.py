@@ -57,6 +57,8 @@ _OUTPUT = (
     Param("how", "str", "mean", "roll-up: sum, mean, max, share or topk_mean:<k>"),
     Param("min_group", "int", 1, "leave smaller groups out of the roll-ups", minimum=1),
     Param("compare", "list[str]", (), "methods to compare with", choices=_METHODS),
+    Param("export", "list[str]", (), "also write each ranking to artifacts/exports, as these "
+          "formats", choices=("jsonl", "csv", "parquet", "markdown", "latex")),
     Param("base_losses", "bool", False, "also evaluate the unchanged model"),
 )  # fmt: skip
 
@@ -64,10 +66,18 @@ _SCALE = (
     Param("prefilter", "float", None, "share of the corpus that is scored exactly, chosen by "
           "first-order scores of all queries in one pass; left out: all of it",
           minimum=0, maximum=1),
+    Param("early_stop", "float", None, "score only as much as the top_k groups of "
+          "early_stop_by need, with this probability of a wrong set; left out: everything",
+          minimum=0, maximum=1),
+    Param("early_stop_by", "str", "document", "metadata column of those groups, or document"),
     Param("precision", "str", "float32", "of the loss pass; a lower one is used only if a probe "
           "ranks alike", choices=("float32", "bfloat16", "float16")),
     Param("token_budget", "int", 8192, "tokens per batch, padding included", minimum=1,
           identity=False),
+    Param("shard_samples", "int", 4096, "samples per file of an unfinished pass: what an "
+          "interruption loses at most", minimum=1, identity=False),
+    Param("force", "bool", False, "discard what an interrupted pass over another model or corpus "
+          "left, instead of refusing to go on", identity=False),
     Param("seed", "int", None, "seed; left out: the run's seed"),
 )  # fmt: skip
 
@@ -89,6 +99,7 @@ ATTRIBUTION = ComponentSpec(
     data={"train": ("text",), "queries": ("sample", "text", "prompt")},
     modules=("torch", "numpy", "transformers"),
     tags=("attribution", "data", "interpretability"),
+    cost="tenfold_dabgo.cost:plan_cost",
 )  # fmt: skip
 
 
@@ -121,9 +132,65 @@ TOPICS = ComponentSpec(
 )  # fmt: skip
 
 
+_SELECTION = (
+    Param("limit", "int", None, "at most this many records", minimum=1),
+    Param("shuffle_seed", "int", None, "shuffle by this seed, before `limit`"),
+)
+_COLUMNS = (
+    Param("ids_column", "str", "input_ids", "column of the token ids"),
+    Param("text_column", "str", "text", "column of the text"),
+    Param("id_column", "str", "id", "column of the id; where it is missing, the row's place"),
+)
+
+TOKEN_FILES = (
+    ComponentSpec(
+        name="token-npy",
+        target="tenfold_dabgo.token_files:NpyTokens",
+        summary="token ids in .npy arrays: a text per row, or per array",
+        params=(
+            Param("path", "path", help="a .npy file, a folder of them, or a glob"),
+            Param("pad_id", "int", None, "this id at the end of a row is padding", minimum=0),
+            Param("columns", "path", None, "JSON Lines file with ids and metadata of the texts"),
+            *_SELECTION,
+        ),
+        provides=("text",),
+        modules=("numpy",),
+        tags=("files", "tokens"),
+    ),
+    ComponentSpec(
+        name="token-jsonl",
+        target="tenfold_dabgo.token_files:JsonlTokens",
+        summary="JSON Lines whose rows hold token ids (`input_ids`) or text",
+        params=(
+            Param("path", "path", help="a file, a folder of .jsonl files, or a glob"),
+            *_COLUMNS,
+            *_SELECTION,
+        ),
+        provides=("text",),
+        modules=("numpy",),
+        tags=("files", "tokens"),
+    ),
+    ComponentSpec(
+        name="hf-disk",
+        target="tenfold_dabgo.token_files:HfDisk",
+        summary="a Hugging Face dataset folder (`save_to_disk`) with texts or token ids",
+        params=(
+            Param("path", "path", help="the folder"),
+            Param("split", "str", "", "split of a DatasetDict; left out: its only one"),
+            *_COLUMNS,
+            *_SELECTION,
+        ),
+        provides=("text",),
+        modules=("numpy",),
+        extras=("tenfold-dabgo[datasets]",),
+        tags=("files", "tokens", "huggingface"),
+    ),
+)  # fmt: skip
+
+
 @hookimpl
 def tenfold_datasets() -> list[ComponentSpec]:
-    return [TOPICS]
+    return [TOPICS, *TOKEN_FILES]
 
 
 @hookimpl

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tenfold.errors import RunFailed
+from tenfold.errors import ConfigError, RunFailed
+from torch import Tensor
 
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.losses import LossPass
@@ -90,7 +91,10 @@ def noise_floor(
     epsilon = torch.finfo(next(iter(passes.params.values())).dtype).eps
     least = epsilon * level / np.sqrt(max(float(dataset.n_scored[probe].mean()), 1.0))
     floor = max(float(np.sqrt(np.nanmean((differences[0] - differences[1]) ** 2))), least)
-    moved = _share_moved(base, passes.variants["ascent"], passes.variants["descent"])
+    changed, count = _moved(base, passes.variants["ascent"], passes.variants["descent"])
+    if passes.team.sharded:
+        changed, count = passes.team.sum_numbers(changed, count)
+    moved = changed / max(count, 1)
     median = float(np.median(np.abs(known))) if known.size else 0.0
     if known.size > 1 and float(np.ptp(known)) == 0.0 and moved < 1.0:
         raise RunFailed(
@@ -101,17 +105,43 @@ def noise_floor(
     return NoiseReport(floor, median, median / floor if floor > 0 else float("inf"), moved)
 
 
+def half_weights_warning(params: Mapping[str, Tensor]) -> list[str]:
+    """A sentence when the weights themselves are in half precision, else nothing."""
+    kinds = {p.dtype for p in params.values()} & {torch.float16, torch.bfloat16}
+    names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+    if not kinds:
+        return []
+    return [
+        f"the weights are {names}: steps below half a unit in their last place vanish; "
+        'load the model with dtype = "float32"'
+    ]
+
+
 def low_precision_agrees(passes: LossPass, precision: str) -> tuple[bool, float]:
-    """Whether a lower precision ranks a probe as single precision does, and the correlation."""
+    """Whether a lower precision ranks a probe as single precision does, and the correlation.
+
+    Raises:
+        ConfigError: the device cannot compute in that precision.
+    """
     probe = probe_indices(passes.dataset, LOW_PRECISION_PROBE)
     scores = []
     for name in ("float32", precision):
-        means = replace(passes, precision=name).run(probe).means
+        try:
+            means = replace(passes, precision=name).run(probe).means
+        except RuntimeError as error:
+            if name == "float32" or "not implemented" not in str(error):
+                raise
+            device = next(iter(passes.params.values())).device.type
+            raise ConfigError(
+                f"this {device} device cannot compute the model in {precision}: {error}",
+                hint="use precision = float32 (or bfloat16)",
+            ) from error
         scores.append((means["ascent"] - means["descent"])[probe])
     agreement = spearman(scores[0], scores[1])
     return bool(agreement >= LOW_PRECISION_AGREEMENT), agreement
 
 
-def _share_moved(base: Weights, ascent: Weights, descent: Weights) -> float:
+def _moved(base: Weights, ascent: Weights, descent: Weights) -> tuple[float, float]:
+    """How many weights the perturbation changed at all, and how many there are."""
     moved = sum(int(((ascent[n] != b) | (descent[n] != b)).sum()) for n, b in base.items())
-    return moved / max(sum(b.numel() for b in base.values()), 1)
+    return float(moved), float(sum(b.numel() for b in base.values()))

@@ -15,6 +15,8 @@ from tenfold.capabilities import TokenBatch, Tokenizes
 from tenfold.errors import ConfigError
 from tenfold.records import PromptRecord, Record, SampleRecord, TextRecord
 
+from tenfold_dabgo.corpus import INPUT_IDS
+
 
 @dataclass(frozen=True, slots=True)
 class Query:
@@ -154,7 +156,10 @@ def _raw_query(record: Record, model: Tokenizes) -> Query:
             stats=record.stats,
         )
     if isinstance(record, TextRecord):
-        return Query(record.id, (), tuple(model.encode(record.text)), metadata=record.metadata)
+        given = record.metadata.get(INPUT_IDS)
+        ids = given if isinstance(given, list | tuple) else model.encode(record.text)
+        columns = {k: v for k, v in record.metadata.items() if k != INPUT_IDS}
+        return Query(record.id, (), tuple(ids), metadata=columns)
     if isinstance(record, PromptRecord):
         if record.reference is None:
             raise ConfigError(

@@ -112,6 +112,9 @@ def _facts(values: Mapping[str, Any]) -> dict[str, Any]:
         facts["score / noise"] = f"{details['noise']['ratio']:.3g}"
     if recall := details.get("prefilter", {}).get("recall"):
         facts["estimated recall"] = f"{recall:.2f}"
+    if stop := details.get("early_stop"):
+        facts["stopped early"] = f"{stop['scored']} of {stop['of']} texts"
+        facts["top groups right"] = f"{1 - stop['delta']:.3g}"
     return facts
 
 
@@ -230,7 +233,8 @@ def _method_blocks(values: Mapping[str, Any]) -> Iterator[Block]:
         yield Table(("setting", "value"), [(k, _rounded(v)) for k, v in settings.items()])
     for method, agreement in values["compare"].items():
         yield Badges({"compared with": method, **{k: _rounded(v) for k, v in agreement.items()}})
-    yield Paragraph(f"All scores and losses: artifacts/{values['artifact']}")
+    files = [values["artifact"], *values.get("exports", {}).values()]
+    yield Paragraph("All scores and losses: " + ", ".join(f"artifacts/{name}" for name in files))
 
 
 def _rounded(value: Any) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,18 @@ from tenfold_dabgo.corpus import TokenDataset
 VIEWS = ("signed", "abs", "ascent", "descent")
 DIRECTIONS = ("proponents", "opponents")
 UNIT = "nats/token"
+
+
+def sign_convention(method: str, view: str = "signed") -> str:
+    """What a large score means, in one sentence for files and reports."""
+    if method != "dabgo":
+        return "larger scores are more influential"
+    if view == "abs":
+        return "size of the effect; whether it supports or opposes is in the signed score"
+    return (
+        "positive: learning the query lowers this text's loss (proponent); "
+        "negative: it raises it (opponent)"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +103,10 @@ class AttributionResult:
         """`[N]` bool: samples that have a score."""
         return np.isfinite(self.values)
 
+    @property
+    def _scored_exactly(self) -> np.ndarray:
+        return self.scored if self.exact is None else self.exact
+
     def topk(self, k: int, direction: str = "proponents", view: str = "signed") -> list[Ranked]:
         """The k most influential samples, or with `opponents` the k lowest scores.
 
@@ -139,6 +156,113 @@ class AttributionResult:
         unrelated queries for the same samples."""
         center, spread = np.nanmean(null, axis=0), np.nanstd(null, axis=0, ddof=1)
         return (self.values - center) / np.where(spread > 0, spread, np.nan)
+
+    def merge(self, other: AttributionResult) -> AttributionResult:
+        """One result of two parts: other samples of the same corpus, or another corpus.
+
+        Over the same samples, each fills in what the other lacks. Otherwise the corpora are
+        joined, this one first.
+
+        Raises:
+            ConfigError: the scores are not comparable (another query, method, unit or step), a
+                sample has two different scores, or two corpora share an id.
+        """
+        self._check_mergeable(other)
+        if self.dataset.sample_ids == other.dataset.sample_ids:
+            return self._filled(other)
+        dataset = self.dataset.joined(other.dataset)
+        first = len(self.dataset)
+        exact = None
+        if self.exact is not None or other.exact is not None:
+            exact = np.concatenate([self._scored_exactly, other._scored_exactly])
+        return AttributionResult(
+            self.query_id,
+            self.method,
+            dataset,
+            np.concatenate([self.values, other.values]),
+            {
+                name: np.concatenate([losses, other.losses[name]])
+                for name, losses in self.losses.items()
+                if name in other.losses
+            },
+            exact,
+            self.tokens | {first + i: values for i, values in other.tokens.items()},
+            self.unit,
+            dict(self.details),
+        )
+
+    def _check_mergeable(self, other: AttributionResult) -> None:
+        facts = {
+            "query": (self.query_id, other.query_id),
+            "method": (self.method, other.method),
+            "unit": (self.unit, other.unit),
+            **{
+                name: (self.details.get(name), other.details.get(name))
+                for name in ("step_size", "damping")
+            },
+        }
+        different = [f"{name} {a} and {b}" for name, (a, b) in facts.items() if a != b]
+        if different:
+            raise ConfigError(f"the two results cannot be merged: {'; '.join(different)}")
+
+    def _filled(self, other: AttributionResult) -> AttributionResult:
+        """Both results over one list of samples."""
+        clash = np.flatnonzero(self.scored & other.scored & (self.values != other.values))
+        if clash.size:
+            name = self.dataset.sample_ids[clash[0]]
+            raise ConfigError(
+                f"the two results cannot be merged: sample {name!r} scores "
+                f"{self.values[clash[0]]:.6g} in one and {other.values[clash[0]]:.6g} in the other"
+            )
+
+        def either(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+            return np.where(np.isfinite(mine), mine, theirs)
+
+        exact = None
+        if self.exact is not None or other.exact is not None:
+            exact = self._scored_exactly | other._scored_exactly
+        shared = [name for name in self.losses if name in other.losses]
+        return AttributionResult(
+            self.query_id,
+            self.method,
+            self.dataset,
+            either(self.values, other.values),
+            {name: either(self.losses[name], other.losses[name]) for name in shared},
+            exact,
+            other.tokens | self.tokens,
+            self.unit,
+            dict(self.details),
+        )
+
+    def to_jsonl(self, path: str | Path, **options: Any) -> Path:
+        """Writes the ranking as JSON Lines, see `exports.export`."""
+        return self._export("jsonl", path, options)
+
+    def to_csv(self, path: str | Path, **options: Any) -> Path:
+        """Writes the ranking as CSV, see `exports.export`."""
+        return self._export("csv", path, options)
+
+    def to_parquet(self, path: str | Path, **options: Any) -> Path:
+        """Writes the ranking as Parquet, see `exports.export`."""
+        return self._export("parquet", path, options)
+
+    def to_markdown(self, path: str | Path, **options: Any) -> Path:
+        """Writes the two ends of the ranking as Markdown, see `exports.export`."""
+        return self._export("markdown", path, options)
+
+    def _export(self, form: str, path: str | Path, options: Mapping[str, Any]) -> Path:
+        from tenfold_dabgo.exports import export
+
+        return export(self, form, Path(path), **options)
+
+    def to_latex(self, path: str | Path, sample: int | str | None = None, **options: Any) -> Path:
+        """Writes one training text's token highlights as LaTeX, see `latex.write_latex`.
+
+        `sample` is an id or index; None takes the best text that has token scores.
+        """
+        from tenfold_dabgo.latex import write_latex
+
+        return write_latex(self, Path(path), sample, **options)
 
     def arrays(self) -> Mapping[str, np.ndarray]:
         """All arrays for a file, with lengths and the corpus order of sample ids."""

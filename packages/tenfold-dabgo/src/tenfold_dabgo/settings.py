@@ -36,6 +36,8 @@ METHODS = (
     "kronfluence",
 )
 
+EXPORTS = ("jsonl", "csv", "parquet", "markdown", "latex")
+
 
 @dataclass(frozen=True)
 class AttributionSettings:
@@ -53,6 +55,7 @@ class AttributionSettings:
     how: str = "mean"
     min_group: int = 1
     compare: Sequence[str] = ()
+    export: Sequence[str] = ()
     rule: str = "natural_gradient"
     steps: int = 10
     lr: float | None = None
@@ -70,6 +73,8 @@ class AttributionSettings:
     fisher_max_samples: int | None = None
     fisher_force: bool = False
     prefilter: float | None = None
+    early_stop: float | None = None
+    early_stop_by: str = "document"
     window: int | None = None
     stride: int | None = None
     min_tokens: int = 2
@@ -78,6 +83,8 @@ class AttributionSettings:
     base_losses: bool = False
     precision: str = "float32"
     token_budget: int = 8192
+    shard_samples: int = 4096
+    force: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +94,8 @@ class AttributionSettings:
         _known("fisher", self.fisher, KINDS)
         for name in self.compare:
             _known("compare", name, METHODS)
+        for name in self.export:
+            _known("export", name, EXPORTS)
         if self.view is not None:
             _known("view", self.view, VIEWS)
         if self.top_k < 1:
@@ -101,7 +110,29 @@ class AttributionSettings:
                 'a path goes with fisher = "file" and only with it'
             )
         reduction(self.how)
+        self._check_early_stop()
         self.perturbation()
+
+    def _check_early_stop(self) -> None:
+        if self.early_stop is None:
+            return
+        if not 0 < self.early_stop < 1:
+            raise ConfigError(
+                f"early_stop is {self.early_stop}; it must be a probability between 0 and 1"
+            )
+        overlap = self.stride is not None and self.window is not None and self.stride < self.window
+        conflicts = {
+            f"method = {self.method!r}": self.method != "dabgo",
+            "prefilter": self.prefilter is not None,
+            f"view = {self.resolved_view!r}": self.resolved_view != "signed",
+            f"how = {self.how!r}": self.how != "mean",
+            f"stride = {self.stride} below the window": overlap,
+        }
+        if found := [name for name, there in conflicts.items() if there]:
+            raise ConfigError(
+                f"early_stop does not go with {found[0]}: it finds the groups with the largest "
+                "mean of signed scores of method dabgo over samples that do not overlap"
+            )
 
     @property
     def resolved_view(self) -> str:

@@ -23,24 +23,36 @@ class ShardStore:
 
     @classmethod
     def open(cls, folder: Path, key: str) -> ShardStore:
-        """Opens or creates the folder.
+        """Opens or creates the folder, see `prepare`."""
+        store = cls(folder, key)
+        store.prepare()
+        return store
+
+    def prepare(self, *, force: bool = False) -> None:
+        """Creates the folder, or checks that its shards belong to the key.
 
         Raises:
-            ConfigError: it holds shards of another model, corpus or setting.
+            ConfigError: it holds shards of another model, corpus or setting, and `force`,
+                which discards them, is not set.
         """
-        marker = folder / "key.txt"
-        if marker.is_file():
-            found = marker.read_text(encoding="utf-8").strip()
-            if found != key:
-                raise ConfigError(
-                    f"{folder} holds the losses of another model, corpus or setting "
-                    f"(key {found}, now {key})",
-                    hint="the corpus or the model changed since; delete the folder to start anew",
-                )
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(marker, key + "\n")
-        return cls(folder, key)
+        marker = self.folder / "key.txt"
+        if not marker.is_file():
+            # Shards without a key belong to nobody knows what.
+            self.remove()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(marker, self.key + "\n")
+            return
+        found = marker.read_text(encoding="utf-8").strip()
+        if found != self.key and force:
+            self.remove()
+            self.prepare()
+        elif found != self.key:
+            raise ConfigError(
+                f"{self.folder} holds the losses of another model, corpus or setting "
+                f"(key {found}, now {self.key})",
+                hint="the corpus or the model changed since: restore it, or set force = true to "
+                "start this pass anew",
+            )
 
     def path(self, number: int) -> Path:
         """File of one shard."""

@@ -7,7 +7,6 @@ Perturbed weights live in memory as plain tensors; the model itself is changed o
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,18 +16,10 @@ from tenfold.capabilities import Grad
 from tenfold.errors import ConfigError
 from torch import Tensor, nn
 
+from tenfold_dabgo.selections import ADAPTER, name_matcher
+
 Weights = dict[str, Tensor]
 """Parameter name → value; names are those of `module.named_parameters()`."""
-
-_PATTERNS = {
-    "all": r"",
-    "attention": r"(?i)(attn|attention)\.",
-    "mlp": r"(?i)mlp|feed_forward|ffn",
-    "kv": r"(?i)k_proj|v_proj|key|value|c_attn",
-    "lora": r"(?i)lora_",
-}
-_LAST_LAYERS = re.compile(r"last-(\d+)-layers")
-_LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def select_parameters(module: nn.Module, which: str = "all") -> dict[str, nn.Parameter]:
@@ -41,10 +32,13 @@ def select_parameters(module: nn.Module, which: str = "all") -> dict[str, nn.Par
             anywhere in the name.
 
     Raises:
-        ConfigError: unknown selection, or it selects nothing.
+        ConfigError: unknown selection, it selects nothing, or it would move the base weights
+            of a model with a separate adapter (only `re:` may do that).
     """
     named = {n: p for n, p in module.named_parameters() if p.is_floating_point()}
-    chosen = {n: p for n, p in named.items() if _matcher(module, named, which)(n)}
+    tables = {id(sub.weight) for sub in module.modules() if isinstance(sub, nn.Embedding)}
+    matches = name_matcher(which, named, {n for n, p in named.items() if id(p) in tables})
+    chosen = {n: p for n, p in named.items() if matches(n)}
     if not chosen:
         sample = ", ".join(list(named)[:4])
         hint = "the model has no adapter" if which == "lora" else "check the pattern"
@@ -53,28 +47,21 @@ def select_parameters(module: nn.Module, which: str = "all") -> dict[str, nn.Par
             f"(they are called {sample}, ...)",
             hint=hint,
         )
+    _keep_base_of_adapter(named, chosen, which)
     return chosen
 
 
-def _matcher(module: nn.Module, named: Mapping[str, Tensor], which: str) -> Any:
-    if which == "no-embeddings":
-        tables = {id(sub.weight) for sub in module.modules() if isinstance(sub, nn.Embedding)}
-        return lambda name: id(named[name]) not in tables
-    if last := _LAST_LAYERS.fullmatch(which):
-        numbers = {n: int(m.group(1)) for n in named if (m := _LAYER_NUMBER.search(n))}
-        first = max(numbers.values(), default=-1) + 1 - int(last.group(1))
-        return lambda name: numbers.get(name, -1) >= max(first, 0)
-    if which.startswith("re:"):
-        try:
-            pattern = re.compile(which[3:])
-        except re.error as error:
-            raise ConfigError(f"params = {which!r} is not a regular expression: {error}") from None
-        return lambda name: pattern.search(name) is not None
-    if which not in _PATTERNS:
-        known = ", ".join([*_PATTERNS, "no-embeddings", "last-N-layers", "re:<pattern>"])
-        raise ConfigError(f"params = {which!r} is unknown (known: {known})")
-    pattern = re.compile(_PATTERNS[which])
-    return lambda name: pattern.search(name) is not None
+def _keep_base_of_adapter(named: Mapping[str, Any], chosen: Mapping[str, Any], which: str) -> None:
+    """A model with an adapter was trained by moving the adapter; so is it perturbed."""
+    adapter = [name for name in named if ADAPTER.search(name)]
+    base = [name for name in chosen if not ADAPTER.search(name)]
+    if adapter and base and not which.startswith("re:"):
+        raise ConfigError(
+            f"params = {which!r} would move {len(base)} weights of the base model, such as "
+            f"{base[0]}, but the model carries an adapter of {len(adapter)} weights",
+            hint='use params = "lora" to move the adapter only, merge_adapter = true to move '
+            'the merged weights, or "re:<pattern>" to choose weights yourself',
+        )
 
 
 def copy_of(params: Mapping[str, Tensor]) -> Weights:
@@ -115,7 +102,8 @@ def borrowed(
         for p, _, _ in wanted:
             if p.is_floating_point():
                 p.requires_grad_(grad and id(p) in chosen)
-        yield params
+        shards = getattr(model, "shards", None)
+        yield params if shards is None else shards(params)
     finally:
         model.restore(token)
         for sub, mode in modes:

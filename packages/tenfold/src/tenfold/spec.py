@@ -114,6 +114,9 @@ class ComponentSpec:
         tags: free words for search.
         version: version of the *behaviour*; part of every cache key.
         deprecated: `{old name: message}`: names that still resolve, with a warning.
+        cost: `package.module:callable` for `--dry-run`, called with the plan and an upper bound
+            of the number of items (or None); gives `{what: text or number}`. It must import
+            nothing heavy (evaluators only).
     """
 
     name: str
@@ -130,6 +133,7 @@ class ComponentSpec:
     tags: tuple[str, ...] = ()
     version: int = 1
     deprecated: Mapping[str, str] = field(default_factory=dict)
+    cost: str = ""
 
     def param(self, name: str) -> Param | None:
         """The parameter called `name`, or None."""
@@ -200,6 +204,8 @@ def check_component(kind: str, spec: ComponentSpec) -> list[str]:
     problems += [f"{where}: parameter {n!r} twice" for n in set(names) if names.count(n) > 1]
     for param in spec.params:
         problems += [f"{where}: {message}" for message in check_param(param)]
+    if spec.cost and not TARGET_PATTERN.fullmatch(spec.cost):
+        problems.append(f"{where}: cost {spec.cost!r} is not 'package.module:callable'")
     if kind == "dataset" and len(spec.provides) != 1:
         problems.append(f"{where}: a dataset provides exactly one record kind")
     if spec.inherits:

@@ -30,6 +30,8 @@ MODELS: list[ComponentSpec] = [
             _DTYPE,
             _DEVICE,
             Param("adapter", "path", None, "PEFT adapter folder to put on top (needs peft)"),
+            Param("merge_adapter", "bool", True,
+                  "merge the adapter into the weights; otherwise its layers stay apart"),
             Param("revision", "str", None, "hub revision: branch, tag or commit"),
             Param("attention", "str", "sdpa", "attention implementation",
                   choices=("sdpa", "eager", "flash_attention_2")),

@@ -13,6 +13,7 @@ def load(
     dtype: str | None = None,
     device: str | None = None,
     adapter: str | None = None,
+    merge_adapter: bool = True,
     revision: str | None = None,
     attention: str = "sdpa",
     trust_remote_code: bool = False,
@@ -27,7 +28,8 @@ def load(
         checkpoint: folder, or a hub repository `owner/name` when `offline` is False.
         dtype: type of the weights; float32 by default.
         device: torch device; `cpu` by default.
-        adapter: PEFT adapter folder, merged into the weights.
+        adapter: PEFT adapter folder.
+        merge_adapter: merge the adapter into the weights; otherwise its layers stay apart.
         revision: hub revision.
         attention: attention implementation of transformers.
         trust_remote_code: run code that comes with the checkpoint.
@@ -50,7 +52,7 @@ def load(
         local_only=local or offline,
     )
     if adapter:
-        model = with_adapter(model, adapter)
+        model = with_adapter(model, adapter, merge=merge_adapter)
     return CausalLM(
         model,
         tokenizer,

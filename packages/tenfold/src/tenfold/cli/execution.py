@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tenfold.errors import ConfigError
+from tenfold.errors import ComponentError, ConfigError, TenfoldError
 
 if TYPE_CHECKING:
     from tenfold.plan import Node, Plan
@@ -122,6 +123,7 @@ def plan_json(plan: Plan, estimated: int | None) -> dict[str, Any]:
         ],
         "adapters": {where: list(names) for where, names in plan.adapters.items()},
         "estimated_items": estimated,
+        "cost": plan_cost(plan, estimated),
         "heavy_modules": plan.heavy_modules(),
     }
 
@@ -137,7 +139,29 @@ def plan_lines(plan: Plan, estimated: int | None) -> list[str]:
     amount = "unknown until the data is read" if estimated is None else f"at most {estimated}"
     lines.append(f"items:         {amount}")
     lines.append(f"heavy modules: {', '.join(plan.heavy_modules()) or 'none'}")
+    lines += [f"{f'{what}:':<14} {value}" for what, value in plan_cost(plan, estimated).items()]
     return lines
+
+
+def plan_cost(plan: Plan, estimated: int | None) -> dict[str, Any]:
+    """What the evaluator says of its cost; empty for one that says nothing.
+
+    Raises:
+        ComponentError: its estimate fails.
+    """
+    target = plan.task.component.spec.cost
+    if not target:
+        return {}
+    module, _, name = target.partition(":")
+    try:
+        return dict(getattr(importlib.import_module(module), name)(plan, estimated))
+    except TenfoldError:
+        raise
+    except Exception as error:
+        raise ComponentError(
+            f"{plan.task.component.id}: the cost estimate {target} failed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _node_lines(node: Node, depth: int, plan: Plan, label: str = "") -> list[str]:

@@ -147,8 +147,9 @@ def _tokenizer_class(folder: Path) -> Any:
     return AutoTokenizer
 
 
-def with_adapter(model: Any, adapter: str) -> Any:
-    """The model with a PEFT adapter merged into its weights, one plain model again.
+def with_adapter(model: Any, adapter: str, *, merge: bool = True) -> Any:
+    """The model with a PEFT adapter: merged into its weights, one plain model again, or as
+    layers beside them, so that the adapter's weights can be told from the model's.
 
     Raises:
         ConfigError: the folder is no adapter with safetensors weights.
@@ -166,7 +167,8 @@ def with_adapter(model: Any, adapter: str) -> Any:
             "an adapter needs the module 'peft', which is not installed", hint="install peft"
         ) from error
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        adapted = peft.PeftModel.from_pretrained(model, str(folder))
+        return adapted.merge_and_unload() if merge else adapted.base_model.model
     except (ValueError, RuntimeError, KeyError) as error:
         raise ComponentError(f"adapter {adapter} does not fit the model: {error}") from error
 
