@@ -7,6 +7,7 @@ character, GPT-2 architecture, no dropout.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -80,6 +81,9 @@ class HarnessTrainer:
         """
         if model is not None:
             raise ConfigError("dabgo:harness trains from scratch; leave the model role out")
+        if ctx.device == "cpu":
+            # Accelerate imports DeepSpeed wherever it is installed, and that looks for a GPU.
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         seed = ctx.seed if self.seed is None else self.seed
         records = [r for r in self.dataset.load() if isinstance(r, TextRecord)]
         if not records:

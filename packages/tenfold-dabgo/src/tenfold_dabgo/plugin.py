@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tenfold.hookspecs import hookimpl
-from tenfold.spec import ComponentSpec, Param, PluginInfo
+from tenfold.spec import CommandSpec, ComponentSpec, Param, PluginInfo
 
 _METHODS = (
     "dabgo", "bm25", "gradient-dot", "gradient-cosine", "trackstar", "trak", "datainf",
@@ -301,3 +301,108 @@ def tenfold_trainers() -> list[ComponentSpec]:
 @hookimpl
 def tenfold_evaluators() -> list[ComponentSpec]:
     return [ATTRIBUTION, TAIL_PATCH, RETRAINING, LABELS]
+
+
+_SOURCE = Param("source", "str", None, "run file, recipe, or a run's folder, id or name",
+                positional=True)  # fmt: skip
+_PATHS = (
+    Param("model", "path", None, "checkpoint folder, instead of the source's model"),
+    Param("train", "path", None, "training texts, instead of the source's: JSON Lines, CSV, "
+          "Parquet, a text file or a folder"),
+    Param("queries", "path", None, "queries, instead of the source's: JSON Lines, CSV or Parquet "
+          "with prompt and completion, or texts"),
+)  # fmt: skip
+_SET = Param("set", "list[str]", (), "change a value of the run file (evaluator.steps=5)")
+_RUN = (
+    Param("limit", "int", None, "take only the first items of the plan", minimum=1),
+    Param("resume", "bool", False, "continue the newest unfinished equal run"),
+)
+
+
+@hookimpl
+def tenfold_commands() -> list[CommandSpec]:
+    return [
+        CommandSpec(
+            "attribute",
+            "tenfold_dabgo.commands:attribute",
+            "name the training texts that shaped each query; a run with a report",
+            (
+                _SOURCE,
+                *_PATHS,
+                Param("method", "str", None, "attribution method", choices=_METHODS),
+                Param("preset", "str", None, "recommended, or the paper's constants",
+                      choices=("recommended", "paper")),
+                Param("view", "str", None, "how scores are looked at",
+                      choices=("signed", "abs", "ascent", "descent")),
+                Param("top_k", "int", None, "proponents and opponents to show", minimum=1),
+                Param("prefilter", "float", None, "share of the corpus that is scored exactly",
+                      minimum=0, maximum=1),
+                Param("compare", "list[str]", None, "methods to compare with",
+                      choices=_METHODS),
+                _SET,
+                *_RUN,
+            ),
+        ),
+        CommandSpec(
+            "fisher",
+            "tenfold_dabgo.commands:fisher",
+            "estimate the diagonal Fisher of a model over a corpus, into a file",
+            (
+                _SOURCE,
+                Param("out", "path", None, "safetensors file to write"),
+                *_PATHS[:2],
+                Param("kind", "str", "sample_mean", "kind of Fisher",
+                      choices=("sample_mean", "sample_sum", "token", "sampled")),
+                Param("params", "str", "all", "weights, as in dabgo:attribution"),
+                Param("max_samples", "int", None, "a random subset of this size", minimum=1),
+                _SET,
+            ),
+        ),
+        CommandSpec(
+            "explain",
+            "tenfold_dabgo.commands:explain",
+            "shade the tokens of one training text by their score, on the terminal or as HTML",
+            (
+                _SOURCE,
+                Param("query", "str", None, "query's id; left out: the first"),
+                Param("sample", "str", None, "training text's id; left out: a recorded run's "
+                      "best proponent"),
+                Param("out", "path", None, "HTML file to write, besides"),
+                *_PATHS,
+                _SET,
+            ),
+        ),
+        CommandSpec(
+            "compare",
+            "tenfold_dabgo.commands:compare",
+            "rank correlation and overlap of recorded runs, or of methods on one source",
+            (
+                Param("sources", "list[str]", positional=True,
+                      help="runs of dabgo:attribution, or one run file, recipe or run"),
+                Param("methods", "list[str]", (), "methods to compare on one source"),
+                Param("k", "int", 10, "overlap of the top k", minimum=1),
+                _SET,
+            ),
+        ),
+        CommandSpec(
+            "doctor",
+            "tenfold_dabgo.commands:doctor",
+            "noise floor, hashes, memory and cost of an attribution; exit code 1 if it is unfit",
+            (_SOURCE, *_PATHS, _SET),
+        ),
+        CommandSpec(
+            "eval",
+            "tenfold_dabgo.commands:evaluate",
+            "measure how good methods are; a run with a report",
+            (
+                Param("measure", "str", positional=True, help="what to measure",
+                      choices=("tail-patch", "leave-k-out", "lds", "loo", "qld", "precision")),
+                _SOURCE,
+                *_PATHS,
+                Param("methods", "list[str]", None, "methods to compare"),
+                Param("k", "list[int]", None, "sizes of the top", minimum=1),
+                _SET,
+                *_RUN,
+            ),
+        ),
+    ]  # fmt: skip

@@ -143,7 +143,7 @@ class Scorer:
                 out[source.label] = self._run(source.run).scores(query.id)
                 continue
             if source.engine not in results:
-                engine = self._engine(source)
+                engine = self.engine(source)
                 results[source.engine] = next(iter(engine.attribute([query])))
             out[source.label] = results[source.engine].scores(self._view(source))
         return out
@@ -154,7 +154,7 @@ class Scorer:
             if source.run:
                 self._run(source.run)
             else:
-                self._engine(source)
+                self.engine(source)
 
     def _run(self, name: str) -> RecordedScores:
         if name not in self._runs:
@@ -172,7 +172,14 @@ class Scorer:
             return source.view
         return self._settings(source).resolved_view if source.method == "dabgo" else "signed"
 
-    def _engine(self, source: Source) -> Attributor:
+    def engine(self, source: Source) -> Attributor:
+        """The method behind a name.
+
+        Raises:
+            ConfigError: the name stands for recorded scores.
+        """
+        if source.run:
+            raise ConfigError(f"{source.label} is a record of scores, no method to ask")
         if source.engine not in self._engines:
             if source.characters:
                 self._engines[source.engine] = Bm25Attributor(self.model, self.dataset, split=list)
@@ -195,12 +202,12 @@ class RecordedScores:
     """The scores that a run of `dabgo:attribution` left beside its items.
 
     Attributes:
-        folder: the run.
+        run: its name.
         files: query id → score file.
         dataset: the corpus they must belong to.
     """
 
-    folder: Path
+    run: str
     files: Mapping[str, Path]
     dataset: TokenDataset
 
@@ -211,19 +218,8 @@ class RecordedScores:
         Raises:
             ConfigError: there is none, or it recorded no scores.
         """
-        from tenfold.builtin.run_samples import finished_run
-
-        store = finished_run(name)
-        files = {
-            line.id: store.path / "artifacts" / str(line.values["artifact"])
-            for line in store.ordered_lines()
-            if "artifact" in line.values
-        }
-        if not files:
-            raise ConfigError(
-                f"run {store.path} recorded no scores", hint="name a run of dabgo:attribution"
-            )
-        return cls(store.path, files, dataset)
+        files = score_files(name)
+        return cls(name, files, dataset)
 
     def scores(self, query_id: str) -> np.ndarray:
         """`[N]` signed scores of one query.
@@ -233,18 +229,48 @@ class RecordedScores:
         """
         if query_id not in self.files:
             raise RunFailed(
-                f"run {self.folder} has no scores for query {query_id!r}"
+                f"run {self.run} has no scores for query {query_id!r}"
                 f"{nearest(query_id, self.files)}"
             )
-        path = self.files[query_id]
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                ids, values = arrays["sample_id"].tolist(), arrays["score"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise RunFailed(f"cannot read the scores in {path}: {error}") from error
+        ids, values = read_scores(self.files[query_id])
         if ids != self.dataset.sample_ids:
             raise RunFailed(
-                f"run {self.folder} scored another corpus ({len(ids)} samples, here "
+                f"run {self.run} scored another corpus ({len(ids)} samples, here "
                 f"{len(self.dataset)}): its sample ids differ"
             )
         return values
+
+
+def score_files(name: str) -> dict[str, Path]:
+    """Query id → score file of a run of `dabgo:attribution`, by folder, id or name (then the
+    newest that finished).
+
+    Raises:
+        ConfigError: there is none, or it recorded no scores.
+    """
+    from tenfold.builtin.run_samples import finished_run
+
+    store = finished_run(name)
+    files = {
+        line.id: store.path / "artifacts" / str(line.values["artifact"])
+        for line in store.ordered_lines()
+        if "artifact" in line.values
+    }
+    if not files:
+        raise ConfigError(
+            f"run {store.path} recorded no scores", hint="name a run of dabgo:attribution"
+        )
+    return files
+
+
+def read_scores(path: Path) -> tuple[list[str], np.ndarray]:
+    """Sample ids and signed scores `[N]` of one query.
+
+    Raises:
+        RunFailed: the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["sample_id"].tolist(), arrays["score"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise RunFailed(f"cannot read the scores in {path}: {error}") from error
