@@ -43,9 +43,13 @@ MAX_HISTOGRAMS = 4
 def chart(
     comparison: Comparison, name: str, y_label: str, prefix: str = "", caption: str = ""
 ) -> Iterator[Block]:
-    """One line per method over k, with 95 % intervals."""
+    """One line per method over k, with 95 % intervals; bars when there is but one k."""
     series, intervals = by_k(comparison, name, prefix)
-    if series:
+    if len({k for points in series.values() for k, _ in points}) == 1:
+        order = sorted(series, key=lambda method: -series[method][0][1])
+        values = [series[method][0][1] for method in order]
+        yield Bars(order, values, [intervals[m][0] for m in order], caption=caption or y_label)
+    elif series:
         yield Lines(series, "k", y_label, caption, intervals=intervals)
 
 

@@ -19,12 +19,13 @@ MIN_PAIRS = 2
 @dataclass(frozen=True, slots=True)
 class Measure:
     """What a number means: its metric's name, the condition it was taken under (`k=10`), its
-    unit, and which direction is better."""
+    unit, which direction is better, and whether methods are tested against each other."""
 
     name: str
     condition: str = ""
     unit: str = ""
     higher_is_better: bool | None = True
+    tested: bool = True
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Comparison:
     def p_value(self, measure: Measure, method: str) -> float | None:
         """Two-sided paired Wilcoxon test against the reference; None where there is no pair."""
         rows = self.values[measure]
-        if method == self.reference or self.reference not in rows:
+        if not measure.tested or method == self.reference or self.reference not in rows:
             return None
         ours, theirs = rows[method], rows[self.reference]
         common = [q for q in ours if q in theirs and np.isfinite([ours[q], theirs[q]]).all()]
@@ -79,7 +80,7 @@ class Comparison:
                     group,
                 )
                 p = self.p_value(measure, method)
-                if p is not None and measure.higher_is_better:
+                if p is not None:
                     yield Metric(f"{measure.name}_p", p, found.n, group=group)
 
     def ranked(self, measure: Measure, caption: str = "") -> Table:
@@ -96,10 +97,11 @@ class Comparison:
             low, high = e.interval or (None, None)
             p = self.p_value(measure, method)
             cells = (e.value, low, high, e.error)
-            rows.append([rank, method, *map(rounded, cells), e.n, rounded(p)])
+            row = [rank, method, *map(rounded, cells), e.n]
+            rows.append([*row, rounded(p)] if measure.tested else row)
         title = measure.name + (f" ({measure.unit})" if measure.unit else "")
         columns = ["rank", "method", title, "low", "high", "s.e.", "queries"]
-        columns.append(f"p against {self.reference}" if self.reference else "p")
+        columns += [f"p against {self.reference}"] if measure.tested else []
         return Table(columns, rows, caption)
 
 

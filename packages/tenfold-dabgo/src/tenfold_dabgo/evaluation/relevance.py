@@ -280,13 +280,12 @@ def compare(reference: str, results: Iterable[ItemResult]) -> Comparison:
                     comparison.add(Measure(name), method, result.id, row[name])
         for method, row in values.get("randomized", {}).items():
             for name in ("spearman", "overlap"):
-                measure = Measure(f"randomized_{name}", higher_is_better=False)
+                measure = Measure(f"randomized_{name}", higher_is_better=False, tested=False)
                 comparison.add(measure, method, result.id, row[name])
         for method, row in values.get("null", {}).items():
             for name in ("max_z", "share_above"):
-                comparison.add(
-                    Measure(f"null_{name}", higher_is_better=None), method, result.id, row[name]
-                )
+                measure = Measure(f"null_{name}", higher_is_better=None, tested=False)
+                comparison.add(measure, method, result.id, row[name])
     return comparison
 
 

@@ -174,8 +174,16 @@ class TailPatch:
         return {name: _mean_effects(rows) for name, rows in draws.items()}
 
     def aggregate(self, ctx: Context, results: Iterable[ItemResult]) -> Metrics:
-        """Means over queries with intervals, and paired tests against the first method."""
-        return list(compare(self.sources[0].label, results).metrics())
+        """Change of log P for every k, with paired tests against the first method; the other
+        numbers for the largest k (the report has them all)."""
+        comparison = compare(self.sources[0].label, results)
+        last = f",k={max(self.settings.k)}"
+        kept = {
+            measure: rows
+            for measure, rows in comparison.values.items()
+            if measure.name == HEADLINE or measure.condition.endswith(last)
+        }
+        return list(Comparison(comparison.reference, kept).metrics())
 
     def report(
         self, ctx: Context, results: Iterable[ItemResult], metrics: Metrics
@@ -270,6 +278,7 @@ def compare(reference: str, results: Iterable[ItemResult]) -> Comparison:
                             condition(variant, int(k)),
                             _UNITS[name],
                             _BETTER.get(name, True),
+                            tested=name == HEADLINE,
                         )
                         comparison.add(measure, method, result.id, value)
     return comparison
