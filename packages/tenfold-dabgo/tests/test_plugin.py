@@ -6,8 +6,11 @@ import dataclasses
 import subprocess
 import sys
 
+import pytest
 from tenfold.spec import HEAVY_MODULES, check_component
 from tenfold_dabgo import plugin
+from tenfold_dabgo.evaluation import relevance, retraining, tail_patching
+from tenfold_dabgo.evaluation.tail_patch import OPTIMIZERS, VARIANTS
 from tenfold_dabgo.evaluator import Attribution
 from tenfold_dabgo.fisher_estimate import KINDS
 from tenfold_dabgo.rules import METHODS as RULES
@@ -29,6 +32,8 @@ def test_descriptions_are_sound():
         assert check_component("evaluator", spec) == []
     for spec in plugin.tenfold_datasets():
         assert check_component("dataset", spec) == []
+    for spec in plugin.tenfold_trainers():
+        assert check_component("trainer", spec) == []
 
 
 def test_described_parameters_are_the_settings_with_equal_defaults():
@@ -39,6 +44,39 @@ def test_described_parameters_are_the_settings_with_equal_defaults():
         if name != "seed":  # left out: the host fills in the run's seed
             assert described[name].default == field.default, name
     Attribution(**{name: p.default for name, p in described.items()})
+
+
+QUALITY = [
+    (plugin.TAIL_PATCH, tail_patching.TailPatchSettings, tail_patching.TailPatch),
+    (plugin.RETRAINING, retraining.RetrainingSettings, retraining.Retraining),
+    (plugin.LABELS, relevance.LabelSettings, relevance.Labels),
+]
+HIDDEN = {"method", "view", "top_k", "columns", "how", "min_group", "compare", "base_losses"}
+"""Settings of `dabgo:attribution` that the quality evaluators decide themselves."""
+
+
+@pytest.mark.parametrize(("spec", "own", "cls"), QUALITY, ids=lambda x: getattr(x, "name", ""))
+def test_quality_evaluators_describe_their_settings_and_the_methods(spec, own, cls):
+    described = {p.name: p for p in spec.params}
+    settings = {f.name: f for f in dataclasses.fields(AttributionSettings)}
+    mine = {f.name: f for f in dataclasses.fields(own)}
+    assert set(described) == set(mine) | set(settings) - HIDDEN
+    for name, field in {**settings, **mine}.items():
+        if name in described and name != "seed":
+            assert described[name].default == field.default, name
+    cls(**{name: p.default for name, p in described.items()})
+
+
+def test_described_choices_of_the_quality_evaluators_are_those_of_the_code():
+    tail, again, labels = ({p.name: p.choices for p in spec.params} for spec, *_ in QUALITY)
+    assert tail["variants"] == VARIANTS
+    assert tail["patch_optimizer"] == OPTIMIZERS
+    assert set(again["measure"]) == set(retraining.MEASURES)
+    assert again["removal_rule"] == again["lds_rule"] == retraining.RULES
+    assert again["vary"] == retraining.SEEDED
+    assert again["attributed"] == retraining.ATTRIBUTED
+    assert labels["relevance"] == relevance.RELEVANCE
+    assert labels["null"] == relevance.NULLS
 
 
 def test_described_choices_are_those_of_the_code():

@@ -204,6 +204,7 @@ def test_extreme_numbers_never_break_a_chart(bad):
         Bars(["a", "b"], [bad, 1.0], [(bad, bad), (0.5, bad)]),
         Histogram({"a": bad, "b": 2}),
         Lines({"s": [(bad, bad), (1.0, 2.0), (3.0, 1.0)]}, "x", "y", log_x=True),
+        Lines({"s": [(bad, bad), (1.0, 2.0)]}, "x", "y", intervals={"s": [(bad, bad), (1.0, bad)]}),
         Scatter([(bad, 1.0), (1.0, bad), (2.0, 3.0)], "x", "y", log_x=True, log_y=True),
         Table(["v"], [[bad]]),
     ]
@@ -244,9 +245,32 @@ def test_blocks_of_unequal_lengths_are_refused():
         lambda: Bars(["a"], [1.0, 2.0]),
         lambda: Bars(["a"], [1.0], []),
         lambda: Table(["a", "b"], [[1, 2], [1]]),
+        lambda: Lines({"s": [(0, 1)]}, "x", "y", intervals={"s": []}),
+        lambda: Lines({"s": [(0, 1)]}, "x", "y", intervals={"t": [(0, 1)]}),
     ):
         with pytest.raises(ComponentError, match="must be equal"):
             build()
+
+
+def test_lines_have_error_bars_where_intervals_are_known():
+    """One bar with two ends per interval, inside the axis; every renderer has the numbers."""
+    points, ranges = [(1, 2.0), (3, 4.0)], [(1.5, 9.25), None]
+    block = Lines({"a": points, "b": points}, "k", "y", intervals={"a": ranges})
+    page = render_html("t", [block])
+    bars = re.findall(r'<line [^>]*class="whisker s0"[^>]*>', page)
+    assert len(bars) == 3
+    assert "whisker s1" not in page
+    heights = [float(v) for bar in bars for v in re.findall(r' y[12]="([\d.]+)"', bar)]
+    assert min(heights) >= 0
+    assert max(heights) - min(heights) > 100
+    assert ">10<" in page
+    assert "| a | 1 | 2 | 1\\.5, 9.25 |" in render_markdown("t", [block])
+    rows = list(csv.DictReader(io.StringIO(render_csv("t", [block]))))
+    assert [(r["row"], r["column"], r["value"]) for r in rows][2:4] == [
+        ("a", "1 low", "1.5"), ("a", "1 high", "9.25"),
+    ]  # fmt: skip
+    plain = render_markdown("t", [Lines({"a": points}, "k", "y")])
+    assert "interval" not in plain
 
 
 @pytest.mark.parametrize("render", [render_html, render_markdown, render_csv])

@@ -64,6 +64,7 @@ class SyntheticTopics:
         topics: number of topics.
         held_out: how many of the last texts form the split `test`.
         split: the split that `load` reads by default.
+        limit: at most this many records of a split.
         seed: of the tables and texts (fixed, so that a corpus is a name).
 
     Raises:
@@ -81,6 +82,7 @@ class SyntheticTopics:
         held_out: int = 16,
         split: str = "train",
         seed: int | None = None,
+        limit: int | None = None,
     ) -> None:
         if not 2 <= vocabulary <= MAX_VOCABULARY:
             raise ConfigError(f"vocabulary is {vocabulary}; it must be between 2 and 96")
@@ -89,6 +91,7 @@ class SyntheticTopics:
         self.settings = (n, length, vocabulary, topics, seed or 0)
         self.held_out = held_out
         self.default = split
+        self.limit = limit
         self._check(split)
 
     def splits(self) -> Sequence[str]:
@@ -105,16 +108,16 @@ class SyntheticTopics:
         chosen = np.arange(n - self.held_out, n) if held_out else np.arange(n - self.held_out)
         if shuffle_seed is not None:
             np.random.default_rng(derive(shuffle_seed, "topics")).shuffle(chosen)
-        for i in chosen[:limit]:
+        for i in chosen[: self.limit][:limit]:
             text = "".join(ALPHABET[t] for t in corpus.ids[i])
             topic = f"topic-{corpus.topics[i]}"
             yield TextRecord(id=f"text-{i:05d}", text=text, metadata={"topic": topic})
 
     def fingerprint(self, split: str = "") -> str:
         """Hash of all settings."""
-        return content_hash(
-            ["synthetic-topics", VERSION, *self.settings, self.held_out, split or self.default]
-        )
+        facts: list[object] = ["synthetic-topics", VERSION, *self.settings, self.held_out]
+        facts.append(split or self.default)
+        return content_hash(facts if self.limit is None else [*facts, self.limit])
 
     def _check(self, split: str) -> str:
         if split not in self.splits():

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +31,8 @@ from tenfold_dabgo.weights import borrowed, copy_of, device_of, load
 
 VARIANTS = ("joint", "individual")
 OPTIMIZERS = ("adamw", "sgd")
+Samples = Sequence[Sequence[int] | np.ndarray]
+"""Token ids of each sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,26 @@ class Patch:
 @dataclass(frozen=True, slots=True)
 class PatchEffect:
     """Change of the query's probability: `d_log_p` (mean over samples for the individual
-    variant), `d_p` the mean absolute change, `relative_percent` 100 |P' - P| / P."""
+    variant), `d_p` the mean absolute change, `percent` the mean signed relative change
+    100 (P' - P) / P, and `relative_percent` the published 100 |P' - P| / P."""
 
     log_p: float
     d_log_p: float
     d_p: float
+    percent: float
     relative_percent: float
+
+    @classmethod
+    def of(cls, log_p: float, changes: Sequence[float] | np.ndarray) -> PatchEffect:
+        """From log P before, and the changes of log P of one or more patches."""
+        relative = [relative_change(float(d)) for d in changes]
+        return cls(
+            log_p=log_p,
+            d_log_p=float(np.mean(changes)),
+            d_p=float(np.mean([math.exp(log_p) * r for r in relative])),
+            percent=100 * float(np.mean(relative)),
+            relative_percent=100 * float(np.mean(np.abs(relative))),
+        )
 
 
 def relative_change(d_log_p: float) -> float:
@@ -81,7 +96,7 @@ def log_probability(model: Grad, query: Query) -> float:
 def patch_effect(
     model: Grad,
     query: Query,
-    samples: Sequence[Sequence[int] | np.ndarray],
+    samples: Samples,
     patch: Patch,
 ) -> PatchEffect:
     """Effect of one patch with some token sequences on one query; the weights stay.
@@ -89,45 +104,81 @@ def patch_effect(
     Raises:
         ConfigError: no sample to patch with.
     """
-    if not len(samples):
+    changes = (
+        list(joint_changes(model, query, samples, [len(samples)], patch).values())
+        if patch.variant == "joint"
+        else individual_changes(model, query, samples, patch)
+    )
+    return PatchEffect.of(log_probability(model, query), changes)
+
+
+def joint_changes(
+    model: Grad, query: Query, samples: Samples, ks: Sequence[int], patch: Patch
+) -> dict[int, float]:
+    """Change of log P after one step on the first k samples together, for each k.
+
+    Gradients are summed on the way, so that all k cost one gradient per sample.
+
+    Raises:
+        ConfigError: no sample, or a k that is not between 1 and their number.
+    """
+    wanted = sorted(set(ks))
+    if not len(samples) or not wanted:
         raise ConfigError("tail-patch needs at least one sample")
-    groups = [list(samples)] if patch.variant == "joint" else [[s] for s in samples]
+    if wanted[0] < 1 or wanted[-1] > len(samples):
+        raise ConfigError(f"k is {wanted}; there are {len(samples)} samples to patch with")
+    changes = {}
     with borrowed(model) as params:
         base = copy_of(params)
         before = log_probability(model, query)
-        changes = []
-        for group in groups:
-            load(params, base)
-            _step(model, params, group, patch)
+        total: list[Tensor] | None = None
+        for number, ids in enumerate(samples[: wanted[-1]], start=1):
+            parts = _gradient(model, params, ids)
+            total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
+            if number in wanted:
+                _step(params, total, patch)
+                changes[number] = log_probability(model, query) - before
+                load(params, base)
+    return changes
+
+
+def individual_changes(model: Grad, query: Query, samples: Samples, patch: Patch) -> np.ndarray:
+    """`[k]` changes of log P, each after one step on one sample, from the same weights.
+
+    Raises:
+        ConfigError: no sample.
+    """
+    if not len(samples):
+        raise ConfigError("tail-patch needs at least one sample")
+    changes = []
+    with borrowed(model) as params:
+        base = copy_of(params)
+        before = log_probability(model, query)
+        for ids in samples:
+            _step(params, _gradient(model, params, ids), patch)
             changes.append(log_probability(model, query) - before)
-    relative = [relative_change(d) for d in changes]
-    return PatchEffect(
-        log_p=before,
-        d_log_p=float(np.mean(changes)),
-        d_p=float(np.mean([math.exp(before) * r for r in relative])),
-        relative_percent=100 * float(np.mean(np.abs(relative))),
-    )
+            load(params, base)
+    return np.asarray(changes)
 
 
-def _step(
-    model: Grad, params: Mapping[str, nn.Parameter], group: Sequence[Any], patch: Patch
-) -> None:
-    """One optimizer step on the sum of the samples' mean losses."""
-    dataset = TokenDataset.from_ids([list(map(int, ids)) for ids in group])
-    total: list[Tensor] | None = None
-    for i in range(len(dataset)):  # one by one, as published; equal up to rounding
-        batch = token_batch(dataset, [i], pad_id(model), device_of(model))
-        with torch.enable_grad():
-            loss = sample_means(model.token_loss(batch), batch)[0]
-        parts = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-        parts = [
-            torch.zeros_like(p) if g is None else g
-            for g, p in zip(parts, params.values(), strict=True)
-        ]
-        total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
-    assert total is not None
-    for p, g in zip(params.values(), total, strict=True):
-        p.grad = g
+def _gradient(
+    model: Grad, params: Mapping[str, nn.Parameter], ids: Sequence[int] | np.ndarray
+) -> list[Tensor]:
+    """Gradient of one sample's mean loss, in the order of `params`."""
+    dataset = TokenDataset.from_ids([list(map(int, ids))])
+    batch = token_batch(dataset, [0], pad_id(model), device_of(model))
+    with torch.enable_grad():
+        loss = sample_means(model.token_loss(batch), batch)[0]
+    parts = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+    return [
+        torch.zeros_like(p) if g is None else g for g, p in zip(parts, params.values(), strict=True)
+    ]
+
+
+def _step(params: Mapping[str, nn.Parameter], gradient: Sequence[Tensor], patch: Patch) -> None:
+    """One step of a fresh optimizer."""
+    for p, g in zip(params.values(), gradient, strict=True):
+        p.grad = g.clone()  # clipping scales in place, and a running sum is needed again
     if patch.clip > 0:
         nn.utils.clip_grad_norm_(list(params.values()), patch.clip)
     cls = torch.optim.AdamW if patch.optimizer == "adamw" else torch.optim.SGD

@@ -120,13 +120,25 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """One line per named series of `(x, y)` points, drawn in the given order."""
+    """One line per named series of `(x, y)` points, drawn in the given order.
+
+    `intervals` gives the points of a series `(low, high)` ranges of y, drawn as error bars.
+
+    Raises:
+        ComponentError: a series has another number of intervals than of points.
+    """
 
     series: Mapping[str, Sequence[tuple[float, float]]]
     x_label: str
     y_label: str
     caption: str = ""
     log_x: bool = False
+    intervals: Mapping[str, Sequence[Interval | None]] | None = None
+
+    def __post_init__(self) -> None:
+        for name, ranges in (self.intervals or {}).items():
+            points = self.series.get(name, ())
+            _same_length(f"Lines (series {name!r})", points=len(points), intervals=len(ranges))
 
 
 @dataclass(frozen=True, slots=True)

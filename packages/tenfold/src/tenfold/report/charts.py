@@ -19,6 +19,7 @@ MAX_BARS = 200
 MAX_BINS = 200
 MAX_SERIES = 16
 MAX_LINE_POINTS = 1_000
+MAX_ERROR_BARS = 60
 MAX_SCATTER_POINTS = 4_000
 _ROW = 24
 _COLORS = 8
@@ -105,11 +106,13 @@ def lines(block: Lines, width: float) -> tuple[Markup, int]:
     chosen = list(block.series.items())[:MAX_SERIES]
     series = [(text.label(name, 60), _usable(points, block.log_x)) for name, points in chosen]
     flat = [point for _, points in series for point in points]
+    ranges = [_ranges(block, name) for name, _ in chosen]
+    ends = [end for found in ranges for _, interval in found for end in interval]
     frame = _Frame(
         width,
         300 + _legend_height(series, width),
         fit_axis((x for x, _ in flat), log=block.log_x),
-        fit_axis(y for _, y in flat),
+        fit_axis([*(y for _, y in flat), *ends]),
         _legend_height(series, width),
     )
     canvas = Canvas(width, frame.height, block.caption or f"{block.y_label} by {block.x_label}")
@@ -117,6 +120,8 @@ def lines(block: Lines, width: float) -> tuple[Markup, int]:
     frame.draw_y(canvas, text.label(block.y_label))
     for index, (name, points) in enumerate(series):
         color = f"s{index % _COLORS}"
+        for x, (low, high) in _thinned(ranges[index], MAX_ERROR_BARS):
+            _error_bar(canvas, frame.x(x), frame.y(low), frame.y(high), color)
         kept = _thinned(points, MAX_LINE_POINTS)
         places = [(frame.x(x), frame.y(y)) for x, y in kept]
         if len(places) > 1:
@@ -128,6 +133,23 @@ def lines(block: Lines, width: float) -> tuple[Markup, int]:
                 canvas.circle(px, py, 2.8, f"dot {color}", tip)
     _draw_legend(canvas, series, width)
     return canvas.markup(), len(block.series) - len(chosen)
+
+
+def _ranges(block: Lines, name: str) -> list[tuple[float, Interval]]:
+    """`(x, (low, high))` of a series' error bars that can be drawn."""
+    ranges = (block.intervals or {}).get(name, ())
+    return [
+        (x, interval)
+        for (x, y), interval in zip(block.series[name], ranges, strict=False)
+        if interval is not None
+        and all(_plottable(x, value, block.log_x, log_y=False) for value in (y, *interval))
+    ]
+
+
+def _error_bar(canvas: Canvas, x: float, low: float, high: float, color: str) -> None:
+    canvas.line(x, low, x, high, f"whisker {color}")
+    for end in (low, high):
+        canvas.line(x - 3, end, x + 3, end, f"whisker {color}")
 
 
 def scatter(block: Scatter, width: float) -> tuple[Markup, int]:

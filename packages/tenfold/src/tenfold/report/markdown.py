@@ -119,7 +119,7 @@ def _bars(block: b.Bars) -> str:
     rows = []
     triples = zip(block.labels, block.values, intervals, strict=True)
     for name, value, interval in list(triples)[:MAX_ROWS]:
-        bounds = ", ".join(text.number(end) for end in interval) if interval else ""
+        bounds = _interval(interval)
         unit = f" {text.label(block.unit)}" if block.unit else ""
         rows.append([text.label(name), text.number(value) + unit, bounds, _bar(value, largest)])
     if not any(row[2] for row in rows):
@@ -136,10 +136,17 @@ def _histogram(block: b.Histogram) -> str:
 def _lines(block: b.Lines) -> str:
     rows = []
     for name, points in block.series.items():
-        for x, y in _spread(list(points)):
-            rows.append([text.label(name), text.number(x), text.number(y)])
+        ranges = list((block.intervals or {}).get(name, ())) or [None] * len(points)
+        for (x, y), interval in _spread(list(zip(points, ranges, strict=True))):
+            row = [text.label(name), text.number(x), text.number(y)]
+            rows.append(row if block.intervals is None else [*row, _interval(interval)])
     columns = ["series", text.label(block.x_label), text.label(block.y_label)]
+    columns += [] if block.intervals is None else ["interval"]
     return _with_caption(block.caption, _grid(columns, rows[:MAX_ROWS], len(rows) - MAX_ROWS))
+
+
+def _interval(interval: b.Interval | None) -> str:
+    return ", ".join(text.number(end) for end in interval) if interval else ""
 
 
 def _scatter(block: b.Scatter) -> str:

@@ -85,9 +85,14 @@ def _rows(block: Any) -> Iterator[_Row]:
                     yield name, "high", interval[1]
         case b.Histogram(counts=counts):
             yield from ((name, "count", value) for name, value in counts.items())
-        case b.Lines(series=series):
+        case b.Lines(series=series, intervals=intervals):
             for name, points in series.items():
                 yield from ((name, str(x), y) for x, y in points)
+                ranges = (intervals or {}).get(name, ())
+                for (x, _), interval in zip(points, ranges, strict=False):
+                    if interval is not None:
+                        yield name, f"{x} low", interval[0]
+                        yield name, f"{x} high", interval[1]
         case b.Scatter(points=points):
             for index, point in enumerate(points):
                 row = point[2] if len(point) > 2 else str(index)
