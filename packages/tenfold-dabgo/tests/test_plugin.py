@@ -51,7 +51,17 @@ QUALITY = [
     (plugin.RETRAINING, retraining.RetrainingSettings, retraining.Retraining),
     (plugin.LABELS, relevance.LabelSettings, relevance.Labels),
 ]
-HIDDEN = {"method", "view", "top_k", "columns", "how", "min_group", "compare", "base_losses"}
+HIDDEN = {
+    "method",
+    "view",
+    "top_k",
+    "columns",
+    "how",
+    "min_group",
+    "compare",
+    "base_losses",
+    "export",
+}
 """Settings of `dabgo:attribution` that the quality evaluators decide themselves."""
 
 
