@@ -174,8 +174,9 @@ def test_failures_in_shared_work_end_the_run_with_their_message():
         ('fisher="identity"', "prefilter=0.2"),
         ('fisher="sample_mean"', 'compare=["gradient-dot","bm25"]'),
         ('method="bm25"', 'compare=["dabgo"]', 'fisher="identity"'),
+        ('fisher="identity"', "early_stop=0.2", 'early_stop_by="author"', "top_k=1"),
     ],
-    ids=["exact", "prefilter", "fisher", "compare"],
+    ids=["exact", "prefilter", "fisher", "compare", "early stop"],
 )
 def test_two_processes_give_the_items_of_one(folder, tmp_path_factory, settings):
     alone = tmp_path_factory.mktemp("alone")
@@ -215,6 +216,21 @@ def test_one_query_uses_both_processes_and_a_killed_pair_resumes(folder, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_full_disk_on_one_process_is_told_by_all_and_the_pass_resumes(folder):
+    """Only the first process writes shards; the other learns of its failure, and goes on."""
+    done = work(folder, 'fisher="identity"', "full=3", processes=2)
+    rows = [row for r in (0, 1) for row in json.loads((folder / f"values-{r}.json").read_text())]
+    told = {name: error for name, _, error in rows}
+    assert "no space left while writing" in told["qa"], done.stderr
+    assert told["qb"] is None
+    assert told["qc"] is None
+    assert len(list((folder / "run/work").rglob("losses-*.npz"))) == 2
+    work(folder, 'fisher="identity"', processes=2)
+    assert set(values(folder)) == {"qa", "qb", "qc"}
+    assert not list((folder / "run/work").rglob("*.npz"))
+
+
+@pytest.mark.slow
 def test_a_failure_on_one_process_ends_both(folder):
     """Nobody waits for ever for a process that has failed in the shared pass."""
     (folder / "corpus.jsonl").write_text('{"id": "t", "text": ""}\n')
@@ -248,8 +264,9 @@ def untied(folder):
         ('fisher="sample_mean"',),
         ('fisher="sample_sum"', 'params="mlp"', "lr=1.0", "damping=0.5"),
         ('rule="sign_sgd"', 'fisher="identity"', "fisher_max_samples=5"),
+        ('fisher="identity"', "early_stop=0.2", 'early_stop_by="author"', "top_k=1"),
     ],
-    ids=["identity", "fisher", "selection", "sign"],
+    ids=["identity", "fisher", "selection", "sign", "early stop"],
 )
 @pytest.mark.parametrize("head", ["tied", "untied"])
 def test_spread_weights_give_the_result_of_whole_ones(
