@@ -11,7 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 from tenfold.errors import ConfigError
-from tenfold_dabgo import latex
+from tenfold_dabgo import exports, latex
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.exports import FORMATS, export, ranking_rows
 from tenfold_dabgo.scores import AttributionResult, spearman
@@ -82,6 +82,21 @@ def test_tables_hold_a_header_and_every_scored_sample(result, model, tmp_path, f
         metadata = rows[0]["metadata"]
         metadata = json.loads(metadata) if form == "parquet" else metadata
         assert metadata == {"author": "a|0", "note": "xxxxx"}
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_tables_are_written_in_blocks(result, model, tmp_path, form, monkeypatch):
+    """Nothing depends on the size of a block, except where later rows' own columns stand."""
+    whole = parsed(export(result, form, tmp_path / "a", model=model), form)
+    monkeypatch.setattr(exports, "BLOCK", 1)
+    blocks = parsed(export(result, form, tmp_path / "b", model=model), form)
+    assert blocks == whole
+    result.dataset.documents[1].metadata["late"] = "x,y"  # the last row's document
+    _, rows = parsed(export(result, form, tmp_path / "c", model=model), form)
+    assert json.loads(rows[-1]["metadata"])["late"] == "x,y"
+    empty = AttributionResult("q1", "dabgo", result.dataset, np.full(5, np.nan))
+    head, rows = parsed(export(empty, form, tmp_path / "d"), form)
+    assert (head["scored"], rows) == (0, [])
 
 
 def test_a_view_ranks_and_its_sign_is_explained(result, tmp_path):

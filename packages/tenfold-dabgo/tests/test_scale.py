@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tenfold.errors import ComponentError, ConfigError, RunFailed
 from tenfold.scale.deepspeed import deepspeed_config
+from tenfold.store import RunStore
 from tenfold_dabgo.settings import AttributionSettings
 from tenfold_dabgo.shards import ShardStore
 from tenfold_dabgo.team import Team, explain_failure
@@ -173,8 +174,9 @@ def test_failures_in_shared_work_end_the_run_with_their_message():
         ('fisher="identity"', "prefilter=0.2"),
         ('fisher="sample_mean"', 'compare=["gradient-dot","bm25"]'),
         ('method="bm25"', 'compare=["dabgo"]', 'fisher="identity"'),
+        ('fisher="identity"', "early_stop=0.2", 'early_stop_by="author"', "top_k=1"),
     ],
-    ids=["exact", "prefilter", "fisher", "compare"],
+    ids=["exact", "prefilter", "fisher", "compare", "early stop"],
 )
 def test_two_processes_give_the_items_of_one(folder, tmp_path_factory, settings):
     alone = tmp_path_factory.mktemp("alone")
@@ -214,6 +216,21 @@ def test_one_query_uses_both_processes_and_a_killed_pair_resumes(folder, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_full_disk_on_one_process_is_told_by_all_and_the_pass_resumes(folder):
+    """Only the first process writes shards; the other learns of its failure, and goes on."""
+    done = work(folder, 'fisher="identity"', "full=3", processes=2)
+    rows = [row for r in (0, 1) for row in json.loads((folder / f"values-{r}.json").read_text())]
+    told = {name: error for name, _, error in rows}
+    assert "no space left while writing" in told["qa"], done.stderr
+    assert told["qb"] is None
+    assert told["qc"] is None
+    assert len(list((folder / "run/work").rglob("losses-*.npz"))) == 2
+    work(folder, 'fisher="identity"', processes=2)
+    assert set(values(folder)) == {"qa", "qb", "qc"}
+    assert not list((folder / "run/work").rglob("*.npz"))
+
+
+@pytest.mark.slow
 def test_a_failure_on_one_process_ends_both(folder):
     """Nobody waits for ever for a process that has failed in the shared pass."""
     (folder / "corpus.jsonl").write_text('{"id": "t", "text": ""}\n')
@@ -247,8 +264,9 @@ def untied(folder):
         ('fisher="sample_mean"',),
         ('fisher="sample_sum"', 'params="mlp"', "lr=1.0", "damping=0.5"),
         ('rule="sign_sgd"', 'fisher="identity"', "fisher_max_samples=5"),
+        ('fisher="identity"', "early_stop=0.2", 'early_stop_by="author"', "top_k=1"),
     ],
-    ids=["identity", "fisher", "selection", "sign"],
+    ids=["identity", "fisher", "selection", "sign", "early stop"],
 )
 @pytest.mark.parametrize("head", ["tied", "untied"])
 def test_spread_weights_give_the_result_of_whole_ones(
@@ -333,3 +351,63 @@ def test_everyone_takes_equally_many_batches_of_spread_weights():
     parts = [Team(r, 3, sharded=True).mine(list(range(7))) for r in range(3)]
     assert parts == [[0, 3, 6], [1, 4, 0], [2, 5, 0]]
     assert Team(1, 3, sharded=True).mine([]) == []
+
+
+# --- As the host runs it ------------------------------------------------------------------------
+
+
+def run_host(folder, *settings):
+    """`tenfold run` in the folder; the run's items by id, and its record."""
+    (folder / "workspace.toml").write_text("")
+    (folder / "run.toml").write_text(
+        'schema = "tenfold-run/1"\nname = "shared"\n'
+        '[model]\nuse = "core:hf"\ncheckpoint = "model"\n'
+        '[datasets.train]\nuse = "core:jsonl"\npath = "corpus.jsonl"\n'
+        '[datasets.queries]\nuse = "core:jsonl-prompts"\npath = "queries.jsonl"\n'
+        '[evaluator]\nuse = "dabgo:attribution"\nfisher = "identity"\ntop_k = 3\n'
+        'columns = ["author"]\ntoken_budget = 60\nexport = ["jsonl"]\n'
+        '[scale]\ndevice = "cpu"\n'
+    )
+    words = [word for setting in settings for word in ("--set", setting)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tenfold", "run", "run.toml", "--quiet", "--json", *words],
+        cwd=folder, capture_output=True, text=True, timeout=280, check=False,
+        env={**os.environ, "TENFOLD_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    answer = json.loads(done.stdout)
+    store = RunStore(Path(answer["run_dir"]))
+    items = {line.id: line.values for line in store.ordered_lines()}
+    return items, store
+
+
+@pytest.mark.slow
+def test_the_hosts_processes_share_the_corpus(folder, tmp_path_factory):
+    """One query on two processes: nobody is idle, and the item is that of one process."""
+    tiny_checkpoint.write_rows(folder / "queries.jsonl", tiny_checkpoint.QUERIES[:1])
+    alone = tmp_path_factory.mktemp("alone")
+    shutil.copytree(folder, alone, dirs_exist_ok=True)
+    expected, _ = run_host(alone)
+    found, store = run_host(folder, "scale.processes=2")
+    assert store.read_json("run.json")["scale"]["obtained"]["processes"] == 2
+    assert found == expected
+    assert (store.path / "report.html").is_file()
+    lines = (store.path / "artifacts" / found["qa"]["exports"]["jsonl"]).read_text().splitlines()
+    assert len(lines) == 41  # a header, and every text
+
+
+@pytest.mark.slow
+def test_the_host_spreads_weights_where_the_run_file_says_so(folder, zero3, tmp_path_factory):
+    alone = tmp_path_factory.mktemp("alone")
+    shutil.copytree(folder, alone, dirs_exist_ok=True)
+    expected, _ = run_host(alone)
+    found, store = run_host(
+        folder, "scale.processes=2", 'scale.launcher="deepspeed"', f'scale.config="{zero3}"'
+    )
+    assert store.read_json("run.json")["scale"]["obtained"]["processes"] == 2
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        ours, theirs = value["proponents"], expected[name]["proponents"]
+        assert [row["id"] for row in ours] == [row["id"] for row in theirs]
+        for row, other in zip(ours, theirs, strict=True):
+            assert row["score"] == pytest.approx(other["score"], abs=1e-4)

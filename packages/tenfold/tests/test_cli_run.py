@@ -109,6 +109,18 @@ def test_dry_run_shows_the_plan_and_runs_nothing(cli, workspace_dir, table):
     }  # fmt: skip
 
 
+def test_an_evaluator_may_tell_its_cost(cli, workspace_dir, table):
+    path = write(workspace_dir, table, evaluator={"use": "toy:lengths", "factor": 5})
+    done = cli("run", path, "--dry-run", "--limit", "3", check=0)
+    assert "work:          1.00 of 3" in done.stdout
+    planned = json.loads(cli("run", path, "--dry-run", "--json", check=0).stdout)
+    assert planned["cost"] == {"work": "1.00 of None"}
+    path = write(workspace_dir, table, evaluator={"use": "toy:lengths", "factor": 10})
+    failed = cli("run", path, "--dry-run")
+    assert failed.returncode == 3
+    assert "cost estimate toy_components:cost failed: ZeroDivisionError" in failed.stderr
+
+
 def test_dry_run_of_a_mismatch_shows_the_tree_and_exits_4(cli, workspace_dir, table):
     path = write(workspace_dir, table, evaluator={"use": "toy:gradients"})
     done = cli("run", path, "--dry-run")

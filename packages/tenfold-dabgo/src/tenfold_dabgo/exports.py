@@ -15,6 +15,7 @@ import csv
 import importlib
 import json
 from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ SCHEMA = "dabgo-ranking/1"
 FORMATS = dict(zip(EXPORTS, ("jsonl", "csv", "parquet", "md", "tex"), strict=True))
 """Format → file suffix."""
 PREVIEW = 120
+BLOCK = 4096
+"""Rows in memory at once."""
 _LOSSES = {"ascent": "loss_asc", "descent": "loss_desc", "base": "loss_base"}
 
 
@@ -114,28 +117,29 @@ def _line(row: Mapping[str, Any]) -> str:
 def write_csv(path: Path, head: Mapping[str, Any], rows: Iterator[dict[str, Any]]) -> Path:
     """A `#` line with the header record, then a table (readers: `comment="#"`, or skip a line).
 
-    Metadata columns stand beside the others as `metadata.<name>`.
+    Metadata columns of the first rows stand beside the others as `metadata.<name>`; those that
+    only later rows have are in the last column, `metadata`, as JSON.
     """
-    flat = [_flat(row) for row in rows]
-    names = list(dict.fromkeys(name for row in flat for name in row))
+    first = list(islice(rows, BLOCK))
+    own = list(dict.fromkeys(name for row in first for name in row if name != "metadata"))
+    columns = list(dict.fromkeys(name for row in first for name in row["metadata"]))
     with (
         replacing(path) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as file,
     ):
         file.write("# " + _line(head))
-        table = csv.DictWriter(file, names, lineterminator="\n")
-        table.writeheader()
-        table.writerows(flat)
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow([*own, *(f"metadata.{name}" for name in columns), "metadata"])
+        for row in chain(first, rows):
+            metadata = dict(row["metadata"])
+            cells = [row.get(name) for name in own]
+            cells += [metadata.pop(name, None) for name in columns]
+            table.writerow([*cells, json.dumps(metadata) if metadata else None])
     return path
 
 
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    metadata = {f"metadata.{key}": value for key, value in row["metadata"].items()}
-    return {key: value for key, value in row.items() if key != "metadata"} | metadata
-
-
 def write_parquet(path: Path, head: Mapping[str, Any], rows: Iterator[dict[str, Any]]) -> Path:
-    """A Parquet table; the header record is JSON in the schema's metadata.
+    """A Parquet table, written in blocks; the header record is JSON in the schema's metadata.
 
     Raises:
         ComponentError: pyarrow is not installed.
@@ -148,12 +152,17 @@ def write_parquet(path: Path, head: Mapping[str, Any], rows: Iterator[dict[str, 
             "a Parquet export needs the module 'pyarrow', which is not installed",
             hint='pip install "tenfold[parquet]"',
         ) from error
-    listed = [{**row, "metadata": json.dumps(row["metadata"])} for row in rows]
-    table = arrow.Table.from_pylist(listed)
-    metadata = {b"tenfold-dabgo": json.dumps(head, default=str).encode()}
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
-    with replacing(path) as temporary:
-        parquet.write_table(table, temporary)
+    blocks = iter(lambda: list(islice(rows, BLOCK)), [])
+    first = next(blocks, [])
+    kinds = {"rank": arrow.int64(), "exact": arrow.bool_()}
+    kinds |= dict.fromkeys(("sample_id", "direction", "metadata", "text_preview"), arrow.string())
+    fields = [(name, kinds.get(name, arrow.float64())) for name in (first[0] if first else ())]
+    facts = {b"tenfold-dabgo": json.dumps(head, default=str).encode()}
+    schema = arrow.schema(fields, metadata=facts)
+    with replacing(path) as temporary, parquet.ParquetWriter(temporary, schema) as file:
+        for block in chain([first], blocks):
+            listed = [{**row, "metadata": json.dumps(row["metadata"])} for row in block]
+            file.write_table(arrow.Table.from_pylist(listed, schema=schema))
     return path
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch.distributed as dist
 from tenfold.capabilities import Context
 from tenfold.errors import ComponentError, TenfoldError
+from tenfold.lm.quiet import quiet
 from tenfold.scale import process
 from torch import Tensor
 
@@ -39,7 +40,8 @@ class Team:
         """The team of the run's processes; joins them into a process group at the first call."""
         if ctx.world_size == 1 or process.asked_world_size() == 1:
             return cls()
-        process.init_process_group(ctx.device)
+        with quiet():  # DeepSpeed prints what it builds, and stdout is for results
+            process.init_process_group(ctx.device)
         return cls(process.rank(), process.obtained_world_size())
 
     @property

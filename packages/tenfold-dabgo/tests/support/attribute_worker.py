@@ -1,11 +1,13 @@
 """Attributes the tiny queries in this process (one of several, under a launcher).
 
 Usage: attribute_worker.py FOLDER [SETTING=JSON ...]. `die=N` kills the process with SIGKILL
-when it would write its Nth shard. Values go to `FOLDER/values-<rank>.json`.
+when it would write its Nth shard; at `full=N` the disk is full for that one. Values go to
+`FOLDER/values-<rank>.json`.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from tenfold.builtin.hf import load
 from tenfold.builtin.tables import jsonl_prompt, jsonl_text
+from tenfold.files import disk_full_is_an_error
 from tenfold.testing.context import FakeContext
 from tenfold_dabgo import shards
 from tenfold_dabgo.evaluator import Attribution
@@ -54,23 +57,31 @@ class Events(list):
             file.write(json.dumps(event, default=str) + "\n")
 
 
-def die_at(last):
-    """SIGKILL instead of the Nth shard."""
+def fail_at(last, how):
+    """Something else than the Nth shard."""
     plain, written = shards.ShardStore.write, []
 
     def write(self, number, rows):
         written.append(number)
         if len(written) == last:
-            os.kill(os.getpid(), signal.SIGKILL)
+            how()
         plain(self, number, rows)
 
     patch.object(shards.ShardStore, "write", write).start()
 
 
+def fill_disk():
+    """What a write says then."""
+    with disk_full_is_an_error(Path("shard")):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 if __name__ == "__main__":
     settings = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in sys.argv[2:])}
-    if death := settings.pop("die", 0):
-        die_at(death)
+    if number := settings.pop("die", 0):
+        fail_at(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if number := settings.pop("full", 0):
+        fail_at(number, fill_disk)
     rows = attribute(sys.argv[1], **settings)
     name = f"values-{os.environ.get('RANK', '0')}.json"
     (Path(sys.argv[1]) / name).write_text(json.dumps(rows))

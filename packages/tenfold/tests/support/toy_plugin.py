@@ -84,7 +84,16 @@ def tenfold_evaluators():
     data = {"dataset": ("text", "prompt")}
     needs = {"model": ("generate",)}
     return [
-        ComponentSpec("lengths", "toy_components:Lengths", "lengths", params, (), needs, data),
+        ComponentSpec(
+            "lengths",
+            "toy_components:Lengths",
+            "lengths",
+            params,
+            (),
+            needs,
+            data,
+            cost="toy_components:cost",
+        ),
         ComponentSpec(
             "gradients",
             "toy_components:Lengths",
