@@ -68,7 +68,8 @@ class Attribution:
         """Attributes the items. A query that cannot be attributed fails alone."""
         model = models["model"]
         prepared: _Prepared | None = None
-        for block in blocks(items, QUERY_BLOCK if self.settings.prefilter else 1):
+        shared = self.settings.prefilter or self.settings.compare or self.settings.method != "dabgo"
+        for block in blocks(items, QUERY_BLOCK if shared else 1):
             queries: list[Query] = []
             for item in block:
                 try:
@@ -134,13 +135,24 @@ class Attribution:
         compared = {
             name: list(method.attribute(queries)) for name, method in prepared.others.items()
         }
+        together = self._together(main, queries)
         for number, query in enumerate(queries):
             others = {name: results[number] for name, results in compared.items()}
             try:
-                result = self._result(main, query, linear[number])
+                result = together[number] if together else self._result(main, query, linear[number])
                 yield ItemResult(query.id, self._values(ctx, model, query, result, others))
             except RunFailed as error:
                 yield ItemResult(query.id, error=str(error))
+
+    def _together(self, main: Attributor, queries: Sequence[Query]) -> list[AttributionResult]:
+        """Results of methods whose pass serves many queries; none for DABGO's own, or when a
+        query spoils it for the others (each is then tried alone)."""
+        if isinstance(main, BidirectionalAttributor):
+            return []
+        try:
+            return list(main.attribute(queries))
+        except RunFailed:
+            return []
 
     def _result(
         self, main: Attributor, query: Query, linear: np.ndarray | None
