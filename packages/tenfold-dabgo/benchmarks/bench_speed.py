@@ -31,12 +31,12 @@ from tenfold.files import write_text
 
 ROWS = Path(__file__).with_name("speed_rows.py")
 LARGE = {
-    "texts": 2500, "samples": 220, "window": 256, "vocabulary": 8192, "width": 512, "inner": 1408,
+    "texts": 1500, "samples": 140, "window": 256, "vocabulary": 8192, "width": 512, "inner": 1408,
     "layers": 8, "heads": 8, "epochs": 0,
 }  # fmt: skip
 SMALL = {
-    "texts": 6000, "samples": 1600, "window": 256, "vocabulary": 1024, "width": 96, "inner": 256,
-    "layers": 3, "heads": 4, "epochs": 3,
+    "texts": 4000, "samples": 1200, "window": 256, "vocabulary": 1024, "width": 192, "inner": 512,
+    "layers": 2, "heads": 4, "epochs": 3,
 }  # fmt: skip
 QUICK = {
     "texts": 300, "samples": 60, "window": 96, "vocabulary": 400, "width": 32, "inner": 64,

@@ -90,8 +90,8 @@ class Attribution:
     ) -> Iterator[ItemResult]:
         prepared: _Prepared | None = None
         model, team = self._spread_over(model, team)
-        size = QUERY_BLOCK if self.settings.prefilter else 1
-        for block in team.rounds(blocks(items, size)):
+        shared = self.settings.prefilter or self.settings.compare or self.settings.method != "dabgo"
+        for block in team.rounds(blocks(items, QUERY_BLOCK if shared else 1)):
             queries: list[Query] = []
             for item in block:
                 try:
@@ -186,7 +186,7 @@ class Attribution:
         """A method's results: DABGO's for the shared queries, in one order on every process;
         another method's for this process's own."""
         if not isinstance(main, BidirectionalAttributor):
-            yield from zip(queries, main.attribute(queries), strict=True)
+            yield from self._together(main, queries)
             return
         linear: Sequence[np.ndarray | None] = [None] * len(shared)
         if self.settings.prefilter:
@@ -196,6 +196,22 @@ class Attribution:
                 yield query, main.score(query, scores)
             except RunFailed as error:
                 yield query, error
+
+    def _together(
+        self, main: Attributor, queries: Sequence[Query]
+    ) -> list[tuple[Query, AttributionResult | RunFailed]]:
+        """Results of a method whose pass serves many queries; one by one when a query spoils it
+        for the others."""
+        try:
+            return list(zip(queries, main.attribute(queries), strict=True))
+        except RunFailed:
+            return [(query, self._alone(main, query)) for query in queries]
+
+    def _alone(self, main: Attributor, query: Query) -> AttributionResult | RunFailed:
+        try:
+            return next(iter(main.attribute([query])))
+        except RunFailed as error:
+            return error
 
     def _values(
         self,

@@ -14,7 +14,7 @@ from tenfold_dabgo.scores import spearman
 
 OPPONENT_SHARE = 0.1
 """Opponent candidates per proponent candidate."""
-CHECK_SHARE, CHECK_LEAST, CHECK_MOST = 0.02, 16, 64
+CHECK_SHARE, CHECK_LEAST, CHECK_MOST = 0.01, 16, 64
 """Samples outside the candidates that are scored exactly as well, to estimate the recall: this
 share of the corpus, within these bounds."""
 
