@@ -31,11 +31,11 @@ from tenfold.files import write_text
 
 ROWS = Path(__file__).with_name("speed_rows.py")
 LARGE = {
-    "texts": 1500, "samples": 140, "window": 256, "vocabulary": 8192, "width": 512, "inner": 1408,
+    "texts": 1500, "samples": 120, "window": 256, "vocabulary": 8192, "width": 512, "inner": 1408,
     "layers": 8, "heads": 8, "epochs": 0,
 }  # fmt: skip
 SMALL = {
-    "texts": 4000, "samples": 1200, "window": 256, "vocabulary": 1024, "width": 192, "inner": 512,
+    "texts": 5000, "samples": 1600, "window": 256, "vocabulary": 1024, "width": 192, "inner": 512,
     "layers": 2, "heads": 4, "epochs": 3,
 }  # fmt: skip
 QUICK = {
