@@ -1,0 +1,33 @@
+"""Small random targets and drafters."""
+
+from __future__ import annotations
+
+import torch
+from tenfold_treeflash.configuration import for_target
+from tenfold_treeflash.modeling import TreeFlashDraftModel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 23
+
+
+def llama(seed=0, layers=4, dtype=torch.float64, **changes):
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": None,
+        "pad_token_id": 0, "initializer_range": 0.3,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**(settings | changes))).to(dtype).eval()
+
+
+def drafter_for(target, seed=1, shake=0.3, dtype=torch.float64, **changes):
+    """A random drafter whose approximator does something."""
+    torch.manual_seed(seed)
+    settings = {"num_hidden_layers": 2, "block_size": 6, "num_features": 3, "mask_token_id": 1}
+    config = for_target(target.config, **(settings | changes))
+    config.initializer_range = 0.3
+    drafter = TreeFlashDraftModel(config).to(dtype).eval()
+    if drafter.ar_approximation is not None and shake:
+        torch.nn.init.normal_(drafter.ar_approximation.d.weight, std=shake)
+    return drafter
