@@ -12,6 +12,7 @@ Shapes: `n` nodes, `V` vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -130,7 +131,7 @@ class DecodingStats:
         deepest = max(self.accepted, default=1)
         reached = [sum(a > depth for a in self.accepted) for depth in range(deepest)]
         counts = [self.rounds, *reached[1:]]
-        return [b / a for a, b in zip(counts, counts[1:], strict=False) if a]
+        return [b / a for a, b in itertools.pairwise(counts) if a]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for records."""

@@ -62,7 +62,8 @@ class ProcessedChoice:
     def choose(self, ids: list[int], logits: Tensor) -> int:
         """See `Chooser`. One draw from a `[1, V]` distribution in fp32, as `generate` does."""
         raw = logits[None].to(copy=True, dtype=torch.float32, device=self._device)
-        scores = self._processors(torch.tensor([ids], device=self._device), raw)
+        text: Any = torch.tensor([ids], device=self._device)
+        scores: Any = self._processors(text, raw)
         if self._keep_scores:
             self.scores.append(scores)
         if self._keep_logits:
@@ -172,15 +173,12 @@ def _decode_rows(
         choosers.append(chooser)
     if streamer is not None:
         streamer.end()
-    sequences = _padded(texts, generation_config, device)
+    sequences: Any = _padded(texts, generation_config, device)
     if not as_dict:
         return sequences
-    return TreeGenerateOutput(
-        sequences=sequences,
-        scores=_stacked([c.scores for c in choosers]) if keep_scores else None,
-        logits=_stacked([c.logits for c in choosers]) if keep_logits else None,
-        spec_stats=records,
-    )
+    scores: Any = _stacked([c.scores for c in choosers]) if keep_scores else None
+    logits: Any = _stacked([c.logits for c in choosers]) if keep_logits else None
+    return TreeGenerateOutput(sequences, scores=scores, logits=logits, spec_stats=records)
 
 
 class _PaddedChoice(ProcessedChoice):

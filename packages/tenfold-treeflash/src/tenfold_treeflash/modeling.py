@@ -13,7 +13,7 @@ in training), `H` hidden, `F` target features, `D` head size.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -185,11 +185,12 @@ def make_approximator(config: TreeFlashConfig) -> nn.Module | None:
 class TreeFlashDraftModel(PreTrainedModel):
     """A drafter. It owns neither embeddings nor a head: those are the target's."""
 
+    config: TreeFlashConfig
     config_class = TreeFlashConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
     _supports_sdpa = True
-    _no_split_modules = ("BlockLayer",)
+    _no_split_modules: ClassVar[list[str]] = ["BlockLayer"]
 
     def __init__(self, config: TreeFlashConfig) -> None:
         super().__init__(config)
@@ -244,7 +245,8 @@ class TreeFlashDraftModel(PreTrainedModel):
     @property
     def looks_back(self) -> int:
         """How many drafted tokens a correction reads: 0 for marginals."""
-        return 0 if self.ar_approximation is None else int(self.ar_approximation.previous)
+        approximator: Any = self.ar_approximation
+        return 0 if approximator is None else approximator.previous
 
     def forward(
         self,
