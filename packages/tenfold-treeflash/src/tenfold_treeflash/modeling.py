@@ -255,7 +255,8 @@ class TreeFlashDraftModel(PreTrainedModel):
         position_ids: Tensor,
         prev_token_embds: Tensor | None = None,
         attention_mask: Tensor | None = None,
-    ) -> Tensor:
+        with_marginal: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Normed states `[B, T, H]`, ready for the target's head.
 
         Args:
@@ -264,6 +265,7 @@ class TreeFlashDraftModel(PreTrainedModel):
             position_ids: `[B, S + T]`, of the context and of the block.
             prev_token_embds: `[B, T, previous, H]` corrects every slot for these tokens.
             attention_mask: `[B, 1, T, S + T]`; None: every slot sees everything.
+            with_marginal: return uncorrected and corrected states, for training on both.
 
         Raises:
             ConfigError: features of another number of layers.
@@ -277,9 +279,10 @@ class TreeFlashDraftModel(PreTrainedModel):
             )
         context = self.model.context(target_hidden, position_ids[:, :length])
         hidden = self.model(noise_embedding, position_ids[:, length:], context, attention_mask)
-        if prev_token_embds is not None:
-            hidden = self.correct(hidden, prev_token_embds)
-        return self.model.norm(hidden)
+        if prev_token_embds is None:
+            return self.model.norm(hidden)
+        corrected = self.model.norm(self.correct(hidden, prev_token_embds))
+        return (self.model.norm(hidden), corrected) if with_marginal else corrected
 
 
 def parameter_count(config: TreeFlashConfig) -> dict[str, int]:
