@@ -174,6 +174,14 @@ class SpeculativeDecoder:
                 raise ConfigError(f"method {self.settings.method!r} needs a drafter")
             return
         target.check_drafter(drafter.config)
+        for what, ours, theirs in (
+            ("device", drafter.device, target.device), ("dtype", drafter.dtype, target.dtype),
+        ):  # fmt: skip
+            if ours != theirs:
+                raise ConfigError(
+                    f"the drafter's {what} is {ours}, the target's {theirs}; move one of them, "
+                    f"as in drafter.to(target.{what})"
+                )
         own, asked = drafter.config.block_size, self.settings.block_size
         if asked is not None and asked > own:
             raise ConfigError(f"block_size is {asked}; this drafter was trained for {own}")
@@ -193,14 +201,22 @@ class SpeculativeDecoder:
         with own_masks(self.target.model), self._reading() as features:
             return _Decoding(self, list(prompt), chooser, features).run()
 
+    @property
+    def drafts(self) -> bool:
+        """Whether there is anything to draft."""
+        settings = self.settings
+        return self.drafter is not None and settings.method != "none" and settings.tree_size > 1
+
     def _reading(self) -> Any:
-        layers = [] if self.drafter is None else self.drafter.config.target_layer_ids
+        read = self.drafter is not None and self.drafts
+        layers = self.drafter.config.target_layer_ids if read else []
         return self.target.features(layers)
 
     def tree(self, cache: DraftCache, anchor: int, clock: _Clock) -> DraftTree:
         """Drafts one round."""
         settings, drafter, target = self.settings, self.drafter, self.target
-        if drafter is None or settings.method == "none" or settings.tree_size == 1:
+        deepest = target.deepest(cache.length)
+        if not self.drafts or drafter is None or deepest == 0:
             return single(anchor)
         embedding = target.embedding
         hidden = drafter.draft(cache, anchor, embedding, self._block)
@@ -212,6 +228,8 @@ class SpeculativeDecoder:
         )  # fmt: skip
         clock.lap("tables")
         grow = chain if settings.method == "chain" else build_tree
+        if deepest < tables.depth:
+            tables = tables.upto(deepest)
         tree = grow(tables, anchor, settings.tree_size)
         clock.lap("tree")
         return tree
@@ -303,9 +321,9 @@ class _Decoding:
 
     def _read(self, nodes: Sequence[int]) -> None:
         """Hands the features of newly accepted tokens to the drafter."""
-        if self._drafter is None or self._decoder.settings.method == "none":
+        if self._drafter is None or not self._decoder.drafts:
             return
-        features = self._features()
+        features = self._features()[0]
         if len(nodes) < features.shape[0]:
             features = features[torch.tensor(list(nodes), device=features.device)]
         first = self._context.length

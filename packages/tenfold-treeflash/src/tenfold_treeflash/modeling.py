@@ -13,13 +13,14 @@ in training), `H` hidden, `F` target features, `D` head size.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from tenfold.errors import ConfigError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
@@ -138,6 +139,14 @@ class DraftBackbone(nn.Module):
         return block
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that a new model starts with zeros: transformers initialises weights by the
+    module that owns them, so a parent's word would not count."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+
 class SwigluApproximator(nn.Module):
     """The paper's approximator; with `previous = 2` it looks two tokens back (an ablation)."""
 
@@ -147,7 +156,7 @@ class SwigluApproximator(nn.Module):
         self.previous = previous
         self.norm = Qwen3RMSNorm(width, eps=APPROXIMATOR_EPS)
         self.ug = nn.Linear((previous + 1) * width, 2 * inner)
-        self.d = nn.Linear(inner, width, bias=False)
+        self.d = ZeroLinear(inner, width)
 
     def forward(self, embedded: Tensor, normed: Tensor) -> Tensor:
         """The correction `[..., H]` from previous tokens' embeddings `[..., previous, H]` and
@@ -165,7 +174,7 @@ class LinearApproximator(nn.Module):
     def __init__(self, config: TreeFlashConfig) -> None:
         super().__init__()
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=APPROXIMATOR_EPS)
-        self.d = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.d = ZeroLinear(2 * config.hidden_size, config.hidden_size)
 
     def forward(self, embedded: Tensor, normed: Tensor) -> Tensor:
         """See `SwigluApproximator`."""
@@ -190,7 +199,7 @@ class TreeFlashDraftModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
     _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["BlockLayer"]
+    _no_split_modules = ["BlockLayer"]  # noqa: RUF012
 
     def __init__(self, config: TreeFlashConfig) -> None:
         super().__init__(config)
@@ -205,10 +214,10 @@ class TreeFlashDraftModel(PreTrainedModel):
         """Random weights; the approximator's last layer starts at zero, so that a new TreeFlash
         drafts exactly as its backbone does."""
         super()._init_weights(module)
-        if isinstance(module, SwigluApproximator | LinearApproximator):
-            nn.init.zeros_(module.d.weight)
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
         elif isinstance(module, TreeFlashDraftModel) and module.mask_embedding is not None:
-            nn.init.normal_(module.mask_embedding, std=self.config.initializer_range)
+            init.normal_(module.mask_embedding, std=self.config.initializer_range)
 
     # --- One block ----------------------------------------------------------------------------
 

@@ -29,6 +29,30 @@ from tenfold_treeflash.tree_cache import TreeCache
 FULL, SLIDING = "full_attention", "sliding_attention"
 _TOLERANCE = 1e-3
 """Largest difference of probabilities that rounding may explain in fp32."""
+_ROPES_THAT_TURN = ("longrope",)
+_ROPES_THAT_MOVE = ("dynamic",)
+
+
+class TargetHead:
+    """A target's output head with what its model does to the logits afterwards."""
+
+    def __init__(self, module: Any, config: Any) -> None:
+        self._module = module
+        self._cap = getattr(config, "final_logit_softcapping", None)
+        scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", 1)
+        self._factor = (1.0 if scale is None else scale) / (divisor or 1)
+        self.weight = getattr(module, "weight", None)
+        self.bias = getattr(module, "bias", None)
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Factor and soft cap, where the model has them."""
+        if self._factor != 1.0:
+            logits = logits * self._factor
+        return torch.tanh(logits / self._cap) * self._cap if self._cap else logits
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """States `[..., H]` to logits `[..., V]`."""
+        return self.finish(self._module(states))
 
 
 class Target:
@@ -36,22 +60,24 @@ class Target:
 
     Raises:
         ConfigError: the model has no language-model head, or is an encoder-decoder.
+        ComponentError: layers whose attention a tree has no mask for.
     """
 
     def __init__(self, model: Any) -> None:
+        name = type(model).__name__
         if getattr(model.config, "is_encoder_decoder", False):
-            raise ConfigError(
-                f"{type(model).__name__} is an encoder-decoder; tree decoding needs a decoder"
-            )
+            raise ConfigError(f"{name} is an encoder-decoder; tree decoding needs a decoder")
         self.model = model
-        self.blocks = architecture.blocks(model)
-        self._head = architecture.head(model)
         config = architecture.text_config(model)
-        self._soft_cap = getattr(config, "final_logit_softcapping", None)
+        _check_layers(name, config)
+        self.blocks = architecture.blocks(model)
+        self.head = TargetHead(architecture.head(model), config)
+        self._limits = _position_limits(config, architecture.context_length(model))
         self.window = architecture.sliding_window(model)
         kinds = set(getattr(config, "layer_types", None) or [])
         self._mixed = self.window is not None and FULL in kinds
         self._positions = architecture.accepts(model, "position_ids")
+        self._vocabulary = int(config.vocab_size)
         self._keeps_logits = architecture.accepts(model, "logits_to_keep")
 
     # --- What a drafter borrows ---------------------------------------------------------------
@@ -62,22 +88,29 @@ class Target:
         return self.model.get_input_embeddings().weight.detach()
 
     @property
-    def head(self) -> Callable[[Tensor], Tensor]:
-        """States `[..., H]` to logits `[..., V]`, the model's own."""
-        cap = self._soft_cap
-        if not cap:
-            return self._head
-        return lambda states: torch.tanh(self._head(states) / cap) * cap
-
-    @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return self.embedding.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of its states."""
+        return self.model.dtype
+
+    @property
     def hidden_size(self) -> int:
         """Width H of its states."""
         return int(architecture.text_config(self.model).hidden_size)
+
+    def deepest(self, start: int) -> int:
+        """How many positions a tree may reach beyond `start`: learned position tables end, and
+        some rotary embeddings compute every key of a pass by the pass's last position."""
+        limit, turn, moves = self._limits
+        if start < turn:
+            limit = min(limit, turn)
+        elif moves:
+            return 0
+        return max(limit - 1 - start, 0)
 
     def check_drafter(self, config: TreeFlashConfig) -> None:
         """Whether a drafter was made for a model of this shape.
@@ -94,6 +127,7 @@ class Target:
             )
         for name, theirs, ours in (
             ("hidden_size", self.hidden_size, config.hidden_size),
+            ("vocab_size", self._vocabulary, config.vocab_size),
             ("num_target_layers", len(self.blocks), config.num_target_layers),
         ):
             if ours is not None and ours != theirs:
@@ -111,9 +145,9 @@ class Target:
 
     @contextmanager
     def features(self, layers: Sequence[int]) -> Iterator[Callable[[], Tensor]]:
-        """A function that gives the last pass's outputs of these layers, `[n, F H]` (one row)."""
+        """A function that gives the last pass's outputs of these layers, `[R, n, F H]`."""
         with architecture.block_states(self.model, {i + 1 for i in layers}) as seen:
-            yield lambda: torch.cat([seen[i + 1][0] for i in layers], dim=-1)
+            yield lambda: torch.cat([seen[i + 1].to(self.device) for i in layers], dim=-1)
 
     # --- Passes -------------------------------------------------------------------------------
 
@@ -162,9 +196,38 @@ class Target:
         return {FULL: self._additive(seen), SLIDING: self._additive(near)}
 
     def _additive(self, seen: Tensor) -> Tensor:
-        dtype = next(self.model.parameters()).dtype
+        dtype = self.dtype
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+
+
+def _check_layers(name: str, config: Any) -> None:
+    """Raises ComponentError for attention that no tree mask stands for, and that a short test
+    cannot tell from full attention."""
+    kinds = set(getattr(config, "layer_types", None) or []) - {FULL, SLIDING}
+    if "local" in (getattr(config, "attention_layers", None) or []):
+        kinds.add("local attention")
+    if kinds:
+        raise ComponentError(
+            f"{name} has layers of the kind {', '.join(sorted(kinds))}; trees run through "
+            f"{FULL} and {SLIDING} only",
+            hint="decode it without a drafter",
+        )
+
+
+def _position_limits(config: Any, length: int) -> tuple[int, int, bool]:
+    """First position that does not exist, position where the rotary embedding changes, and
+    whether it goes on changing from there."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rotary = bool(rope) or hasattr(config, "rope_theta")
+    kinds = {rope.get("rope_type")} | {
+        part.get("rope_type") for part in rope.values() if isinstance(part, dict)
+    }
+    turn, moves = architecture.UNLIMITED, bool(kinds.intersection(_ROPES_THAT_MOVE))
+    if moves or kinds.intersection(_ROPES_THAT_TURN):
+        own = rope.get("original_max_position_embeddings")
+        turn = int(own or getattr(config, "original_max_position_embeddings", None) or length)
+    return architecture.UNLIMITED if rotary else length, turn, moves
 
 
 @contextmanager

@@ -44,6 +44,10 @@ class TransitionTables:
         """Drafted depths D."""
         return self.tokens.shape[0]
 
+    def upto(self, depth: int) -> TransitionTables:
+        """The tables of the first `depth` depths."""
+        return TransitionTables(self.tokens[:depth], self.log_probs[:depth], self.links[:depth])
+
 
 @dataclass(frozen=True)
 class DraftTree:
