@@ -22,6 +22,7 @@ import torch
 from tenfold.errors import ConfigError, nearest
 from torch import Tensor
 
+from tenfold_treeflash.costs import CostModel
 from tenfold_treeflash.draft_cache import DraftCache
 from tenfold_treeflash.modeling import TreeFlashDraftModel
 from tenfold_treeflash.tables import transition_tables
@@ -154,6 +155,7 @@ class SpeculativeDecoder:
         drafter: None decodes without one.
         settings: how rounds are drafted.
         watch: called with every round.
+        costs: cuts each tree to its best size; `tree_size` is then the largest.
 
     Raises:
         ConfigError: a method that needs a drafter without one, or a larger block than it has.
@@ -165,8 +167,10 @@ class SpeculativeDecoder:
         drafter: TreeFlashDraftModel | None,
         settings: DraftSettings | None = None,
         watch: Callable[[Round], None] | None = None,
+        costs: CostModel | None = None,
     ) -> None:
         self.target, self.drafter = target, drafter
+        self._costs = costs
         self.settings = settings or DraftSettings()
         self.watch = watch
         if drafter is None:
@@ -231,6 +235,8 @@ class SpeculativeDecoder:
         if deepest < tables.depth:
             tables = tables.upto(deepest)
         tree = grow(tables, anchor, settings.tree_size)
+        if self._costs is not None:
+            tree = tree.first(self._costs.best(tree.log_probs))
         clock.lap("tree")
         return tree
 

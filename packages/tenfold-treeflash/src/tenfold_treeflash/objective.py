@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from tenfold.errors import ConfigError
 from tenfold.lm import architecture
+from tenfold.seeds import derive
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -106,16 +107,19 @@ class DraftObjective:
         ids, labels = batch["input_ids"], batch["labels"]
         step = self.step if drafter.training else -1
         rows = batch["row"].tolist() if "row" in batch else list(range(len(ids)))
-        seeds = [self._seed(step, row) for row in rows]
+        seeds = [derive(self.settings.seed, step, row) for row in rows]
         blocks = make_blocks(ids, labels, self.settings.anchors, config.block_size, seeds)
-        states, features = self._read(ids, batch.get("attention_mask"), config.target_layer_ids)
-        marginal, corrected = self._draft(drafter, config, blocks, features)
+        states, marginal, corrected = self.states(drafter, ids, batch.get("attention_mask"), blocks)
         return self._loss(config, blocks, states, marginal, corrected)
 
-    def _seed(self, step: int, row: int) -> int:
-        from tenfold.seeds import derive
-
-        return derive(self.settings.seed, step, row)
+    def states(
+        self, drafter: Any, ids: Tensor, mask: Tensor | None, blocks: Blocks
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What goes into the head: the target's states `[B, S, H]`, and the blocks' marginal and
+        corrected ones `[B, N, T, H]`."""
+        config = getattr(drafter, "module", drafter).config
+        states, features = self._read(ids, mask, config.target_layer_ids)
+        return states, *self._draft(drafter, config, blocks, features)
 
     @torch.no_grad()
     def _read(self, ids: Tensor, mask: Tensor | None, layers: list[int]) -> tuple[Tensor, Tensor]:
