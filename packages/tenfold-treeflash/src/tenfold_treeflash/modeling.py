@@ -112,6 +112,16 @@ class DraftBackbone(nn.Module):
         self.hidden_norm = Qwen3RMSNorm(width, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves and casts, but leaves the rotary frequencies in fp32: in bf16 distant positions
+        would coincide."""
+        frequencies = self.rotary_emb.inv_freq
+        super()._apply(fn, recurse)
+        moved = self.rotary_emb.inv_freq
+        if moved.dtype != frequencies.dtype:
+            self.rotary_emb.inv_freq = frequencies.to(moved.device)
+        return self
+
     def blocks(self) -> list[BlockLayer]:
         """The layers, typed."""
         return cast(list[BlockLayer], list(self.layers))
