@@ -103,7 +103,7 @@ class CostModel:
         """
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             raise ConfigError(f"cannot read the cost model {path}: {error}") from error
 
 
@@ -131,7 +131,7 @@ def calibrate(
         cache, draft_cache = target.new_cache(), DraftCache()
         target.prefill(ids, cache)
         positions = torch.arange(context, device=target.device)
-        drafter.extend(draft_cache, features()[None], positions[None])
+        drafter.extend(draft_cache, features(), positions[None])
         wanted = sorted({1, *sizes})
         verify: dict[int, list[float]] = {size: [] for size in wanted}
         draft: list[float] = []

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tenfold_treeflash.checkpoints import load_drafter
 from tenfold_treeflash.configuration import TreeFlashConfig, for_target
 from tenfold_treeflash.mask_token import find_mask_token
 from tenfold_treeflash.modeling import TreeFlashDraftModel
@@ -159,7 +160,8 @@ class DrafterTrainer:
             own: Any = ctx if last else _PhaseContext(ctx, f"phase-{phase}")
             checkpoint = self._train(own, phase, number, drafter, target, rows, held_out, seed)
             if not last:
-                drafter.load_state_dict(_weights(checkpoint.path))
+                # Read back, so that a resumed training begins with the very same object.
+                drafter = load_drafter(checkpoint.path).to(target.device)
             metrics += [
                 Metric(f"{phase}-{m.name}", m.value, m.n, higher_is_better=False, unit=m.unit)
                 for m in checkpoint.metrics
@@ -221,8 +223,6 @@ class DrafterTrainer:
 
     def _drafter(self, target: Target, seed: int) -> TreeFlashDraftModel:
         if self.init is not None:
-            from tenfold_treeflash.checkpoints import load_drafter
-
             return load_drafter(
                 self.init, ar_approximation=str(self.shape["ar_approximation"])
             ).float()
@@ -265,7 +265,9 @@ class DrafterTrainer:
         if before is None:
             before = prompt_ids(self.base, record.prompt)
         if after is None:
-            text = getattr(record, "completion", None) or getattr(record, "reference", None)
+            text = getattr(record, "completion", None)
+            if text is None:
+                text = getattr(record, "reference", None)
             if text is None:
                 raise ConfigError(
                     f"record {record.id!r} has neither a completion nor a reference to learn from"
@@ -274,9 +276,3 @@ class DrafterTrainer:
         before = list(before)[-(self.context_length // 2) :]
         ids = [*before, *after][: self.context_length]
         return (ids, len(before)) if len(ids) - len(before) >= 2 and len(before) >= 1 else None
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
