@@ -8,7 +8,8 @@ import pytest
 import torch
 from tenfold.errors import ConfigError
 from tenfold_treeflash.assistant import as_hf_dflash_assistant
-from tenfold_treeflash.generation import TreeGenerateOutput
+from tenfold_treeflash.generation import TreeGenerateOutput, tree_decoding
+from tenfold_treeflash.published import spec_generate
 from transformers import GPT2Config, GPT2LMHeadModel, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 from treeflash_cases import drafted, drafter_for, letters, llama, plain, prompt
@@ -150,3 +151,47 @@ def test_transformers_own_dflash_decoding_takes_the_same_drafter(build):
 def test_a_learned_mask_has_no_place_in_transformers_own_decoding(target):
     with pytest.raises(ConfigError, match="needs a mask token"):
         as_hf_dflash_assistant(drafter_for(target, mask_token_id=None))
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_loop_for_custom_generate_is_generate(target, drafter, sample):
+    settings = {"max_new_tokens": 20, "do_sample": sample, "eos_token_id": 4}
+    wanted = plain(target, prompt(), seed=1, **settings)
+    loop = tree_decoding(target, drafter)
+    found = plain(target, prompt(), seed=1, custom_generate=loop, **settings)
+    assert found.tolist() == wanted.tolist()
+    with pytest.raises(ConfigError, match="num_beams = 2"):
+        target.generate(prompt(), custom_generate=loop, num_beams=2)
+
+
+@pytest.mark.parametrize("mode", [{}, {"is_chain": True}, {"is_vanilla": True}])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_the_published_entry_point_writes_the_targets_text(target, drafter, mode, temperature):
+    rule = {"do_sample": True, "temperature": temperature} if temperature else {}
+    rule |= {"top_k": 0} if temperature else {}
+    free = plain(target, prompt(), seed=2, max_new_tokens=25, **rule)
+    stop = int(free[0, 9 + 12])
+    wanted = plain(target, prompt(), seed=2, max_new_tokens=25, eos_token_id=stop, **rule)
+    heard = []
+    torch.manual_seed(2)
+    out = spec_generate(
+        drafter, target, prompt(), 25, [stop], temperature, return_stats=True,
+        token_callback=heard.append, **mode,
+    )  # fmt: skip
+    assert out.output_ids.tolist() == wanted.tolist()
+    assert heard == wanted[0, 9:].tolist()
+    assert (out.num_input_tokens, out.num_output_tokens) == (9, len(heard))
+    assert out.time_to_first_token > 0
+    assert sum(out.acceptance_lengths) + 1 >= len(heard)
+    torch.manual_seed(2)
+    ids = spec_generate(drafter, target, prompt(), 25, [stop], temperature, **mode)
+    assert ids.tolist() == wanted.tolist()
+
+
+def test_the_published_entry_point_names_what_it_cannot_do(target, drafter):
+    for arguments, message in (
+        ((prompt(rows=2),), "takes one prompt, not 2"), ((prompt(), 0), "max_new_tokens is 0"),
+        ((prompt(), 5, None, -1.0), "temperature is -1.0"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            spec_generate(drafter, target, *arguments)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,11 +89,7 @@ def generate(
     """
     config = kwargs.get("generation_config") or model.generation_config
     _refuse(config, kwargs, streamer, inputs)
-    target = Target(model)
-    decoder = SpeculativeDecoder(target, drafter, settings)
-    if not checked and model not in _checked:
-        check_tree_attention(target)
-        _checked.add(model)
+    decoder = _decoder(model, drafter, settings, checked)
     stop_strings = kwargs.pop("stop_strings", None) or config.stop_strings
     if stop_strings is not None:
         if tokenizer is None:
@@ -114,6 +110,40 @@ def generate(
         return _decode(decoder, input_ids, streamer, seeds, **prepared)
 
     return model.generate(inputs, custom_generate=loop, **kwargs)
+
+
+def tree_decoding(
+    model: Any,
+    drafter: TreeFlashDraftModel | None,
+    settings: DraftSettings | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    checked: bool = False,
+) -> Callable[..., Any]:
+    """A loop for `model.generate(ids, custom_generate=tree_decoding(model, drafter))`.
+
+    transformers gives such loops no streamer and no tokenizer: for streams and stop strings use
+    `generate` here. Arguments and errors are those of `generate`.
+    """
+    decoder = _decoder(model, drafter, settings, checked)
+
+    def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
+        _refuse(prepared["generation_config"], {}, None, input_ids)
+        return _decode(decoder, input_ids, None, seeds, **prepared)
+
+    return loop
+
+
+def _decoder(
+    model: Any, drafter: TreeFlashDraftModel | None, settings: DraftSettings | None, checked: bool
+) -> SpeculativeDecoder:
+    """A decoder for a pair that has been looked at."""
+    target = Target(model)
+    decoder = SpeculativeDecoder(target, drafter, settings)
+    if not checked and model not in _checked:
+        check_tree_attention(target)
+        _checked.add(model)
+    return decoder
 
 
 def _decode(
