@@ -155,12 +155,13 @@ def evaluate(evaluator, models, records, root):
 def test_the_race_compares_texts_and_rounds(base, drafter, tmp_path):
     models = {"plain": base, "tree": TreeDecoder(base, drafter, tree_size=6)}
     records = [PromptRecord(id=str(i), prompt=p) for i, p in enumerate(PROMPTS[:2])]
-    race = Race(max_new_tokens=8, rounds=1, peers=["prompt-lookup"])
+    race = Race(max_new_tokens=8, rounds=1, peers=["prompt-lookup", "dflash"])
     results, metrics = evaluate(race, models, records, tmp_path)
     assert [r.id for r in results] == ["0@0", "0@1", "1@0", "1@1"]
     named = {(m.name, m.group): m for m in metrics}
     assert named["equal_texts", "tree T=0"].value == 1
-    assert named["equal_texts", "transformers, prompt lookup T=0"].value == 1
+    for peer in ("prompt lookup", "DFlash"):
+        assert named["equal_texts", f"transformers, {peer} T=0"].value == 1
     rows = [r.values["contenders"]["tree"] for r in results if r.values["temperature"] == 0]
     accepted = [n for row in rows for n in row["accepted"]]
     assert named["block_efficiency", "tree T=0"].value == pytest.approx(

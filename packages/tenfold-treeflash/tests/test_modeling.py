@@ -61,18 +61,20 @@ def small(**changes):
 def published_tensors(dflash=False, seed=0):
     """Tensors with the names and shapes of a published checkpoint, made without our classes."""
     torch.manual_seed(seed)
-    H, I, D, heads, groups = 16, 24, 8, 4, 2
+    H, inner, D, heads, groups = 16, 24, 8, 4, 2
     shapes = {"norm.weight": (H,), "fc.weight": (H, 3 * H), "hidden_norm.weight": (H,)}
     sizes = (
         (heads * D, H), (groups * D, H), (groups * D, H), (H, heads * D), (D,), (D,),
-        (I, H), (I, H), (H, I), (H,), (H,),
+        (inner, H), (inner, H), (H, inner), (H,), (H,),
     )  # fmt: skip
     for layer in range(2):
         shapes |= {f"layers.{layer}.{n}": s for n, s in zip(LAYER, sizes, strict=True)}
     prefix = "" if dflash else "model."
     out = {prefix + name: torch.randn(shape) for name, shape in shapes.items()}
     if not dflash:
-        extra = {"ug.weight": (2 * I, 2 * H), "ug.bias": (2 * I,), "d.weight": (H, I)}
+        extra = {
+            "ug.weight": (2 * inner, 2 * H), "ug.bias": (2 * inner,), "d.weight": (H, inner),
+        }  # fmt: skip
         extra["norm.weight"] = (H,)
         out |= {f"ar_approximation.{n}": torch.randn(s) for n, s in extra.items()}
     return out
@@ -100,8 +102,8 @@ def dflash(tmp_path):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_are_the_published_ones(name):
     fields, approximator = PUBLISHED[name]
-    H, I = fields["hidden_size"], fields["intermediate_size"]
-    assert approximator == 5 * I * H + 2 * I + H
+    H, inner = fields["hidden_size"], fields["intermediate_size"]
+    assert approximator == 5 * inner * H + 2 * inner + H
     config = TreeFlashConfig(
         **fields, dflash_config={"mask_token_id": 151669},
         treeflash_config={"ar_approximation": "swiglu"},
@@ -109,7 +111,7 @@ def test_parameter_counts_are_the_published_ones(name):
     counts = parameter_count(config)
     assert counts["approximator"] == approximator
     D, heads, groups = fields["head_dim"], 32, fields["num_key_value_heads"]
-    layer = 2 * heads * D * H + 2 * groups * D * H + 3 * H * I + 2 * D + 2 * H
+    layer = 2 * heads * D * H + 2 * groups * D * H + 3 * H * inner + 2 * D + 2 * H
     features = len(config.target_layer_ids)
     assert counts["backbone"] == fields["num_hidden_layers"] * layer + features * H * H + 2 * H
 

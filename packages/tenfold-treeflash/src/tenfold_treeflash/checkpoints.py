@@ -168,7 +168,7 @@ def _fill(
     surplus = [name for name in weights if name not in wanted]
     if missing or surplus:
         parts = [
-            f"{what} {len(names)} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+            f"{what} {len(names)} ({', '.join(names[:_SHOWN])})"
             for what, names in (("lacks", missing), ("has unknown", surplus))
             if names
         ]

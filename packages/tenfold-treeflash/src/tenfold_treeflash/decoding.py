@@ -1,4 +1,4 @@
-"""The draft-and-verify loop, one text at a time.
+"""The draft-and-verify loop.
 
 A round drafts a tree behind the newest token, runs all of it through the target in one pass, and
 walks from the root: at each node the target itself chooses the next token, from the logits of
@@ -22,15 +22,26 @@ import torch
 from tenfold.errors import ConfigError, nearest
 from torch import Tensor
 
+from tenfold_treeflash.batch_decoding import BatchDecoding
 from tenfold_treeflash.costs import CostModel
 from tenfold_treeflash.draft_cache import DraftCache
 from tenfold_treeflash.modeling import TreeFlashDraftModel
-from tenfold_treeflash.tables import transition_tables
+from tenfold_treeflash.rejection import (
+    RankRates,
+    SampledTree,
+    best_shape,
+    path_shape,
+    sample_tree,
+    walk_by_rejection,
+)
+from tenfold_treeflash.tables import batch_tables
 from tenfold_treeflash.target import Target, own_masks
-from tenfold_treeflash.tree import DraftTree, build_tree, chain, single
+from tenfold_treeflash.tree import DraftTree, TransitionTables, build_tree, chain, single
 
 METHODS = ("tree", "marginal", "chain", "none")
 """TreeFlash, trees of marginals, the single best path, plain autoregression in the same loop."""
+
+VERIFICATIONS = ("match", "rejection")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +56,9 @@ class DraftSettings:
         temperature: of the drafter's distributions.
         shortlist: rank followers among so many tokens per depth; None ranks all.
         block_size: slots used, at most the drafter's own; None uses all.
+        verification: `match` draws the target's token and looks for it in a tree of the best
+            tokens; `rejection` draws the tree's tokens too and accepts or refuses them. Both
+            keep the target's distribution; only `match` keeps its stream of random numbers.
     """
 
     method: str = "tree"
@@ -54,6 +68,7 @@ class DraftSettings:
     temperature: float = 1.0
     shortlist: int | None = None
     block_size: int | None = None
+    verification: str = "match"
 
     def __post_init__(self) -> None:
         """Raises ConfigError for settings out of range."""
@@ -61,6 +76,11 @@ class DraftSettings:
             raise ConfigError(
                 f"method is {self.method!r}{nearest(self.method, METHODS)} "
                 f"(known: {', '.join(METHODS)})"
+            )
+        if self.verification not in VERIFICATIONS:
+            raise ConfigError(
+                f"verification is {self.verification!r}{nearest(self.verification, VERIFICATIONS)} "
+                f"(known: {', '.join(VERIFICATIONS)})"
             )
         for name in ("tree_size", "top_m", "top_k", "shortlist"):
             value = getattr(self, name)
@@ -200,10 +220,22 @@ class SpeculativeDecoder:
         Raises:
             ConfigError: an empty prompt.
         """
-        if not len(prompt):
-            raise ConfigError("the prompt is empty; give at least one token")
+        _check_prompts([prompt])
         with own_masks(self.target.model), self._reading() as features:
             return _Decoding(self, list(prompt), chooser, features).run()
+
+    @torch.inference_mode()
+    def decode_batch(
+        self, prompts: Sequence[Sequence[int]], choosers: Sequence[Chooser]
+    ) -> tuple[list[list[int]], list[DecodingStats]]:
+        """Continues prompts side by side, each as `decode` would alone.
+
+        Raises:
+            ConfigError: an empty prompt, or none.
+        """
+        _check_prompts(prompts)
+        with own_masks(self.target.model), self._reading() as features:
+            return BatchDecoding(self, prompts, choosers, features).run()
 
     @property
     def drafts(self) -> bool:
@@ -216,32 +248,118 @@ class SpeculativeDecoder:
         layers = self.drafter.config.target_layer_ids if read else []
         return self.target.features(layers)
 
-    def tree(self, cache: DraftCache, anchor: int, clock: _Clock) -> DraftTree:
-        """Drafts one round."""
-        settings, drafter, target = self.settings, self.drafter, self.target
-        deepest = target.deepest(cache.length)
-        if not self.drafts or drafter is None or deepest == 0:
+    # --- One round ----------------------------------------------------------------------------
+
+    def new_rates(self) -> RankRates:
+        """What a text learns about its rounds; empty at its start."""
+        return RankRates(self.settings.top_k)
+
+    def tree(
+        self, cache: DraftCache, anchor: int, chooser: Chooser, rates: RankRates, clock: Clock
+    ) -> DraftTree:
+        """Drafts a round of one text."""
+        if not self.drafts or self.drafter is None or self.target.deepest(cache.length) == 0:
             return single(anchor)
-        embedding = target.embedding
-        hidden = drafter.draft(cache, anchor, embedding, self._block)
+        embedding = self.target.embedding
+        hidden = self.drafter.draft(cache, anchor, embedding, self._block)
         clock.lap("draft")
-        tables = transition_tables(
-            drafter, hidden, anchor, embedding, target.head,
-            top_m=settings.top_m, top_k=settings.top_k, temperature=settings.temperature,
-            shortlist=settings.shortlist, marginal=settings.method == "marginal",
-        )  # fmt: skip
+        tables = self._tables(hidden[None], [anchor])[0]
         clock.lap("tables")
-        grow = chain if settings.method == "chain" else build_tree
-        if deepest < tables.depth:
-            tables = tables.upto(deepest)
-        tree = grow(tables, anchor, settings.tree_size)
-        if self._costs is not None:
-            tree = tree.first(self._costs.best(tree.log_probs))
+        tree = self._grow(tables, anchor, cache.length, chooser, rates)
         clock.lap("tree")
         return tree
 
+    def trees(
+        self,
+        cache: DraftCache,
+        anchors: Sequence[int],
+        lengths: Sequence[int],
+        choosers: Sequence[Chooser],
+        rates: Sequence[RankRates],
+        clock: Clock,
+    ) -> list[DraftTree]:
+        """Drafts a round of several texts, whose contexts have these lengths."""
+        if not self.drafts or self.drafter is None:
+            return [single(anchor) for anchor in anchors]
+        embedding = self.target.embedding
+        hidden = self.drafter.draft_rows(cache, anchors, embedding, self._block, lengths)
+        clock.lap("draft")
+        tables = self._tables(hidden, anchors)
+        clock.lap("tables")
+        trees = [
+            self._grow(*row) for row in zip(tables, anchors, lengths, choosers, rates, strict=True)
+        ]
+        clock.lap("tree")
+        return trees
 
-class _Clock:
+    def _tables(self, hidden: Tensor, anchors: Sequence[int]) -> list[TransitionTables]:
+        settings = self.settings
+        assert self.drafter is not None
+        return batch_tables(
+            self.drafter, hidden, anchors, self.target.embedding, self.target.head,
+            top_m=settings.top_m, top_k=settings.top_k, temperature=settings.temperature,
+            shortlist=settings.shortlist, marginal=settings.method == "marginal",
+        )  # fmt: skip
+
+    def _grow(
+        self, tables: TransitionTables, anchor: int, start: int, chooser: Chooser, rates: RankRates
+    ) -> DraftTree:
+        """A tree from tables, below an anchor at position `start`."""
+        size, straight = self.settings.tree_size, self.settings.method == "chain"
+        tables = tables.upto(min(self.target.deepest(start), tables.depth))
+        if self.settings.verification == "match" or not getattr(chooser, "sample", False):
+            tree = (chain if straight else build_tree)(tables, anchor, size)
+            return tree if self._costs is None else tree.first(self._costs.best(tree.log_probs))
+        width = tables.tokens.shape[2]
+        shape = (
+            path_shape(size, tables.depth) if straight
+            else best_shape(rates.rates()[:width], size, tables.depth)
+        )  # fmt: skip
+        drawer: Any = chooser
+        return sample_tree(tables, anchor, shape, drawer.generator)
+
+    def walk(
+        self,
+        tree: DraftTree,
+        logits: Tensor,
+        ids: list[int],
+        chooser: Chooser,
+        rates: RankRates,
+        best: list[int] | None,
+    ) -> tuple[list[int], bool]:
+        """Appends a round's tokens to `ids`; the accepted nodes, and whether the text has ended.
+
+        `best` holds the arg-max of every node where that is the rule.
+        """
+        if isinstance(tree, SampledTree):
+            drawer: Any = chooser
+            return walk_by_rejection(tree, logits, ids, drawer, rates)
+        node, path = 0, [0]
+        while True:
+            token = chooser.choose(ids, logits[node]) if best is None else best[node]
+            ids.append(token)
+            if chooser.ends(ids):
+                return path, True
+            child = tree.children[node].get(token)
+            if child is None:
+                return path, False
+            path.append(child)
+            node = child
+
+    def record(self, stats: DecodingStats, tree: DraftTree, path: list[int], token: int) -> None:
+        """Books a round."""
+        stats.accepted.append(len(path))
+        stats.tree_sizes.append(len(tree))
+        if self.watch is not None:
+            self.watch(Round(tree, path, token))
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    if not len(prompts) or not all(len(prompt) for prompt in prompts):
+        raise ConfigError("the prompt is empty; give at least one token")
+
+
+class Clock:
     """Seconds by stage."""
 
     def __init__(self) -> None:
@@ -256,6 +374,7 @@ class _Clock:
 
     @property
     def elapsed(self) -> float:
+        """Seconds since the start."""
         return time.perf_counter() - self.began
 
 
@@ -273,57 +392,46 @@ class _Decoding:
         self._ids, self._chooser, self._features = prompt, chooser, features
         self._cache, self._context = decoder.target.new_cache(), DraftCache()
         self._stats = DecodingStats(prompt_tokens=len(prompt))
-        self._clock = _Clock()
+        self._rates = decoder.new_rates()
+        self._clock = Clock()
 
     def run(self) -> tuple[list[int], DecodingStats]:
         """The whole text."""
-        ids, stats, clock = self._ids, self._stats, self._clock
+        over = self.begin()
+        while not over:
+            over = self.round()
+        stats = self._stats
+        stats.new_tokens = len(self._ids) - stats.prompt_tokens
+        stats.seconds, stats.total_s = self._clock.seconds, self._clock.elapsed
+        return self._ids, stats
+
+    def begin(self) -> bool:
+        """Reads the prompt and chooses the first token; whether the text has ended."""
+        ids, clock = self._ids, self._clock
         logits = self._target.prefill(torch.tensor(ids, device=self._target.device), self._cache)
         ids.append(self._chooser.choose(ids, logits))
         clock.lap("prefill")
         self._read(range(self._cache.length))
-        stats.first_token_s = clock.elapsed
+        self._stats.first_token_s = clock.elapsed
         clock.lap("draft")
-        over = self._chooser.ends(ids)
-        while not over:
-            over = self._round()
-        stats.new_tokens = len(ids) - stats.prompt_tokens
-        stats.seconds, stats.total_s = clock.seconds, clock.elapsed
-        return ids, stats
+        return self._chooser.ends(ids)
 
-    def _round(self) -> bool:
+    def round(self) -> bool:
         """Drafts, verifies and commits; whether the text has ended."""
         start, clock = self._cache.length, self._clock
-        tree = self._decoder.tree(self._context, self._ids[-1], clock)
+        chooser, ids = self._chooser, self._ids
+        tree = self._decoder.tree(self._context, ids[-1], chooser, self._rates, clock)
         logits = self._target.verify(tree, self._cache)
         clock.lap("verify")
-        path, over = self._walk(tree, logits)
+        best = logits.argmax(-1).tolist() if chooser.greedy else None
+        path, over = self._decoder.walk(tree, logits, ids, chooser, self._rates, best)
         clock.lap("walk")
-        self._stats.accepted.append(len(path))
-        self._stats.tree_sizes.append(len(tree))
-        if self._decoder.watch is not None:
-            self._decoder.watch(Round(tree, path, self._ids[-1]))
+        self._decoder.record(self._stats, tree, path, ids[-1])
         if not over:
             self._cache.keep(start, path)
             self._read(path)
             clock.lap("commit")
         return over
-
-    def _walk(self, tree: DraftTree, logits: Tensor) -> tuple[list[int], bool]:
-        """Appends the round's tokens; the accepted nodes, and whether the text has ended."""
-        chooser, ids = self._chooser, self._ids
-        best = logits.argmax(-1).tolist() if chooser.greedy else None
-        node, path = 0, [0]
-        while True:
-            token = chooser.choose(ids, logits[node]) if best is None else best[node]
-            ids.append(token)
-            if chooser.ends(ids):
-                return path, True
-            child = tree.children[node].get(token)
-            if child is None:
-                return path, False
-            path.append(child)
-            node = child
 
     def _read(self, nodes: Sequence[int]) -> None:
         """Hands the features of newly accepted tokens to the drafter."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 _FIRST_CAPACITY = 64
@@ -31,12 +32,34 @@ class DraftCache:
             store[1, :, :, self.length : end] = values
         self.length = end
 
+    def append_rows(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], slots: Tensor, length: int
+    ) -> None:
+        """Adds keys and values `[B, G, n, D]` at `slots [B, n]`, each row behind its own tokens.
+
+        `length` is that of the longest row afterwards; what padding wrote behind a row's end is
+        overwritten by the row's next tokens.
+        """
+        end = self.length + slots.shape[1]
+        if not self._stores or end > self._stores[0].shape[3]:
+            self._grow(pairs, end)
+        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        for store, (keys, values) in zip(self._stores, pairs, strict=True):
+            store[0][rows, :, slots] = keys.transpose(1, 2)
+            store[1][rows, :, slots] = values.transpose(1, 2)
+        self.length = length
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows only."""
+        self._stores = [store[:, rows] for store in self._stores]
+
     def _grow(self, pairs: Sequence[tuple[Tensor, Tensor]], end: int) -> None:
         size = max(end, _FIRST_CAPACITY, 2 * self.length)
         stores = []
         for index, (keys, _) in enumerate(pairs):
             rows, groups, _, width = keys.shape
-            store = keys.new_empty((2, rows, groups, size, width))
+            # Zeros, not garbage: a masked key has weight 0, and 0 x NaN would still be NaN.
+            store = keys.new_zeros((2, rows, groups, size, width))
             if self._stores:
                 store[:, :, :, : self.length] = self._stores[index][:, :, :, : self.length]
             stores.append(store)

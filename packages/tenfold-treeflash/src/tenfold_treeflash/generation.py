@@ -2,14 +2,16 @@
 
 transformers prepares processors, criteria and configuration as for plain decoding and hands them
 to our loop. A callable `custom_generate` loses `streamer` and `tokenizer` on the way, so the
-wrapper keeps them itself. Rows of a batch are decoded one after the other.
+wrapper keeps them itself.
 
 Shapes: `B` rows, `T` tokens, `V` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +19,13 @@ import torch
 from tenfold.errors import ConfigError
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from tenfold_treeflash.choosing import ProcessedChoice, for_row
 from tenfold_treeflash.decoding import DecodingStats, DraftSettings, SpeculativeDecoder
 from tenfold_treeflash.modeling import TreeFlashDraftModel
-from tenfold_treeflash.target import Target, check_pair
+from tenfold_treeflash.target import Target, check_tree_attention
 
 
 @dataclass
@@ -31,60 +35,19 @@ class TreeGenerateOutput(GenerateDecoderOnlyOutput):
     spec_stats: list[DecodingStats] | None = None
 
 
-class ProcessedChoice:
-    """Choices by transformers' processors and criteria, for one row.
-
-    Args:
-        processors, criteria: as `generate` prepared them.
-        sample: draw, or take the arg-max.
-        keep_scores, keep_logits: remember processed scores and raw logits of every token.
-        streamer: gets every token.
-    """
-
-    def __init__(
-        self,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        *,
-        sample: bool,
-        device: torch.device,
-        keep_scores: bool = False,
-        keep_logits: bool = False,
-        streamer: Any = None,
-    ) -> None:
-        self._processors, self._criteria, self._sample = processors, criteria, sample
-        self._device, self._streamer = device, streamer
-        self._keep_scores, self._keep_logits = keep_scores, keep_logits
-        self.scores: list[Tensor] = []
-        self.logits: list[Tensor] = []
-        self.greedy = not (sample or len(processors) or keep_scores or keep_logits)
-
-    def choose(self, ids: list[int], logits: Tensor) -> int:
-        """See `Chooser`. One draw from a `[1, V]` distribution in fp32, as `generate` does."""
-        raw = logits[None].to(copy=True, dtype=torch.float32, device=self._device)
-        text: Any = torch.tensor([ids], device=self._device)
-        scores: Any = self._processors(text, raw)
-        if self._keep_scores:
-            self.scores.append(scores)
-        if self._keep_logits:
-            self.logits.append(logits[None].float())
-        if self._sample:
-            return int(torch.multinomial(scores.softmax(-1), 1))
-        return int(scores.argmax(-1))
-
-    def ends(self, ids: list[int]) -> bool:
-        """See `Chooser`."""
-        if self._streamer is not None:
-            self._streamer.put(torch.tensor(ids[-1:]))
-        scores: Any = tuple(self.scores) or None
-        return bool(self._criteria(torch.tensor([ids], device=self._device), scores).all())
-
-
 _REFUSED = {
     "num_beams": 1, "penalty_alpha": None, "dola_layers": None, "constraints": None,
     "assistant_model": None, "prompt_lookup_num_tokens": None, "guidance_scale": None,
-    "cache_implementation": None,
+    "cache_implementation": None, "output_attentions": False, "output_hidden_states": False,
 }  # fmt: skip
+_HINTS = {
+    "past_key_values": "the drafter needs the states of all tokens; pass the whole text",
+    "inputs_embeds": "pass token ids",
+    "position_ids": "positions are counted from the attention mask",
+    "token_type_ids": "leave it out",
+}
+_checked: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Models whose tree attention has been tried."""
 
 
 def generate(
@@ -95,13 +58,15 @@ def generate(
     settings: DraftSettings | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
+    seeds: Sequence[int] | None = None,
     checked: bool = False,
     **kwargs: Any,
 ) -> Any:
     """What `model.generate(inputs, **kwargs)` writes, in fewer passes of the model.
 
-    Greedy output is equal token for token; sampled output is for the same seed of torch (one
-    row). Settings, processors, criteria and outputs are those of `generate`.
+    Greedy output is equal token for token; so is sampled output of one row for the same seed of
+    torch. Rows of a batch are sampled from a generator each. A row that has ended is padded.
+    Settings, processors, criteria and outputs are those of `generate`.
 
     Args:
         model: the target, a decoder-only transformers model.
@@ -110,7 +75,9 @@ def generate(
         settings: how rounds are drafted.
         streamer: gets every token as it is chosen (one row).
         tokenizer: needed with `stop_strings`.
-        checked: the pair has passed `check_pair` before.
+        seeds: of every row's generator; None draws them from torch's own where there are several
+            rows, and one row uses torch's own generator.
+        checked: the target's attention is known to run trees; it is tried once per model else.
 
     Returns:
         Ids `[B, T]`, or with `return_dict_in_generate` a `TreeGenerateOutput`.
@@ -120,31 +87,70 @@ def generate(
             fit.
         ComponentError: the target cannot run trees.
     """
-    _refuse(model, kwargs, streamer, inputs)
-    target = Target(model)
-    if not checked:
-        check_pair(target, drafter)
-    decoder = SpeculativeDecoder(target, drafter, settings)
-    stop_strings = kwargs.pop("stop_strings", None)
+    config = kwargs.get("generation_config") or model.generation_config
+    _refuse(config, kwargs, streamer, inputs)
+    decoder = _decoder(model, drafter, settings, checked)
+    stop_strings = kwargs.pop("stop_strings", None) or config.stop_strings
     if stop_strings is not None:
         if tokenizer is None:
             raise ConfigError("stop_strings needs the tokenizer: generate(..., tokenizer=...)")
-        from transformers.generation.stopping_criteria import StopStringCriteria
-
         criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
         criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
-        kwargs["stopping_criteria"] = criteria
+        # transformers would look for the tokenizer, which it loses on the way to our loop.
+        config = copy.deepcopy(config)
+        config.stop_strings = None
+        kwargs |= {"stopping_criteria": criteria, "generation_config": config}
+        if model.generation_config.stop_strings is not None:
+            raise ConfigError(
+                "stop_strings in the model's own generation_config cannot be used here; pass it "
+                "to generate instead"
+            )
 
     def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
-        return _decode_rows(decoder, input_ids, streamer, **prepared)
+        return _decode(decoder, input_ids, streamer, seeds, **prepared)
 
     return model.generate(inputs, custom_generate=loop, **kwargs)
 
 
-def _decode_rows(
+def tree_decoding(
+    model: Any,
+    drafter: TreeFlashDraftModel | None,
+    settings: DraftSettings | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    checked: bool = False,
+) -> Callable[..., Any]:
+    """A loop for `model.generate(ids, custom_generate=tree_decoding(model, drafter))`.
+
+    transformers gives such loops no streamer and no tokenizer: for streams and stop strings use
+    `generate` here. Arguments and errors are those of `generate`.
+    """
+    decoder = _decoder(model, drafter, settings, checked)
+
+    def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
+        _refuse(prepared["generation_config"], {}, None, input_ids)
+        return _decode(decoder, input_ids, None, seeds, **prepared)
+
+    return loop
+
+
+def _decoder(
+    model: Any, drafter: TreeFlashDraftModel | None, settings: DraftSettings | None, checked: bool
+) -> SpeculativeDecoder:
+    """A decoder for a pair that has been looked at."""
+    target = Target(model)
+    decoder = SpeculativeDecoder(target, drafter, settings)
+    if not checked and model not in _checked:
+        check_tree_attention(target)
+        _checked.add(model)
+    return decoder
+
+
+def _decode(
     decoder: SpeculativeDecoder,
     input_ids: Tensor,
     streamer: Any,
+    seeds: Sequence[int] | None,
     *,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
@@ -153,27 +159,31 @@ def _decode_rows(
     **_: Any,
 ) -> Any:
     """Our side of `custom_generate`."""
-    device = input_ids.device
     as_dict = generation_config.return_dict_in_generate
     keep_scores = bool(as_dict and generation_config.output_scores)
     keep_logits = bool(as_dict and generation_config.output_logits)
+    shown, read = input_ids.tolist(), _read_tokens(input_ids, attention_mask)
+    sample, rows = bool(generation_config.do_sample), len(shown)
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    texts, records, choosers = [], [], []
-    for row, ids in enumerate(input_ids.tolist()):
-        first = 0 if attention_mask is None else int((attention_mask[row] == 0).sum())
-        chooser = _PaddedChoice(
-            logits_processor, stopping_criteria, sample=bool(generation_config.do_sample),
-            device=device, keep_scores=keep_scores, keep_logits=keep_logits, streamer=streamer,
-        )  # fmt: skip
-        chooser.padding = ids[:first]
-        text, stats = decoder.decode(ids[first:], chooser)
-        texts.append(ids[:first] + text)
-        records.append(stats)
-        choosers.append(chooser)
+    choosers = [
+        ProcessedChoice(
+            shown[row], len(read[row]),
+            logits_processor if rows == 1 else for_row(row, logits_processor), stopping_criteria,
+            sample=sample, device=input_ids.device, generator=generator, keep_scores=keep_scores,
+            keep_logits=keep_logits, streamer=streamer,
+        )
+        for row, generator in enumerate(_generators(seeds, rows, sample, input_ids.device))
+    ]  # fmt: skip
+    if rows == 1:
+        text, stats = decoder.decode(read[0], choosers[0])
+        texts, records = [text], [stats]
+    else:
+        texts, records = decoder.decode_batch(read, choosers)
     if streamer is not None:
         streamer.end()
-    sequences: Any = _padded(texts, generation_config, device)
+    whole = [s + t[len(r) :] for s, r, t in zip(shown, read, texts, strict=True)]
+    sequences: Any = _padded(whole, generation_config, input_ids.device)
     if not as_dict:
         return sequences
     scores: Any = _stacked([c.scores for c in choosers]) if keep_scores else None
@@ -181,18 +191,29 @@ def _decode_rows(
     return TreeGenerateOutput(sequences, scores=scores, logits=logits, spec_stats=records)
 
 
-class _PaddedChoice(ProcessedChoice):
-    """Choices for a row whose processors and criteria see its padding, as in plain `generate`."""
+def _read_tokens(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """The tokens of each row that the model reads: those that its mask leaves."""
+    if mask is None:
+        return ids.tolist()
+    for row, left in enumerate(mask.tolist()):
+        if not left[-1]:
+            raise ConfigError(
+                f"attention_mask of row {row} hides the last token; pad prompts on the left"
+            )
+    return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
 
-    padding: Sequence[int] = ()
 
-    def choose(self, ids: list[int], logits: Tensor) -> int:
-        """See `Chooser`."""
-        return super().choose([*self.padding, *ids] if self.padding else ids, logits)
-
-    def ends(self, ids: list[int]) -> bool:
-        """See `Chooser`."""
-        return super().ends([*self.padding, *ids] if self.padding else ids)
+def _generators(
+    seeds: Sequence[int] | None, rows: int, sample: bool, device: torch.device
+) -> list[torch.Generator | None]:
+    """A source of random numbers per row; None is torch's own."""
+    if seeds is None:
+        if not sample or rows == 1:
+            return [None] * rows
+        seeds = torch.randint(2**62, (rows,)).tolist()
+    if len(seeds) != rows:
+        raise ConfigError(f"seeds holds {len(seeds)} numbers; there are {rows} rows")
+    return [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
 
 
 def _padded(texts: list[list[int]], generation_config: Any, device: torch.device) -> Tensor:
@@ -215,9 +236,8 @@ def _stacked(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
     )
 
 
-def _refuse(model: Any, kwargs: dict[str, Any], streamer: Any, inputs: Tensor | None) -> None:
+def _refuse(config: Any, kwargs: dict[str, Any], streamer: Any, inputs: Tensor | None) -> None:
     """Raises ConfigError for what cannot be decoded in trees."""
-    config = kwargs.get("generation_config") or model.generation_config
     for name, plain in _REFUSED.items():
         value = kwargs.get(name, getattr(config, name, plain))
         if value not in (plain, None):
@@ -225,15 +245,16 @@ def _refuse(model: Any, kwargs: dict[str, Any], streamer: Any, inputs: Tensor | 
                 f"{name} = {value!r} cannot be decoded in trees; leave it out or use "
                 "model.generate itself"
             )
-    if kwargs.get("use_cache") is False:
+    if kwargs.get("use_cache", config.use_cache) is False:
         raise ConfigError("use_cache = False cannot be decoded in trees; leave it out")
-    if kwargs.get("past_key_values") is not None:
-        raise ConfigError(
-            "past_key_values cannot be continued: the drafter needs the states of all tokens; "
-            "pass the whole text"
-        )
-    if kwargs.get("inputs_embeds") is not None:
-        raise ConfigError("inputs_embeds cannot be decoded in trees; pass token ids")
+    for name, hint in _HINTS.items():
+        if kwargs.get(name) is not None:
+            raise ConfigError(f"{name} cannot be decoded in trees: {hint}")
     ids = inputs if inputs is not None else kwargs.get("input_ids")
-    if streamer is not None and ids is not None and ids.shape[0] > 1:
+    if ids is None:
+        return
+    if not ids.shape[-1]:
+        raise ConfigError("the prompt is empty; give at least one token")
+    copies = kwargs.get("num_return_sequences", getattr(config, "num_return_sequences", 1)) or 1
+    if streamer is not None and ids.shape[0] * copies > 1:
         raise ConfigError("a streamer takes one text at a time")

@@ -123,14 +123,14 @@ class TreeDecoder(Delegate, GenerateMixin):
     def _generate_batch(
         self, rows: Sequence[GenerationRow], config: GenerationConfig
     ) -> list[GeneratedRow]:
-        """Rows one after the other, each with its own processors and random numbers."""
+        """Rows side by side, each with its own processors and random numbers."""
+        base: Any = self.base
+        controls = [base.controls([row], config, len(row.ids)) for row in rows]
+        choosers = [_ControlledChoice(own, self.target.device) for own in controls]
+        texts, records = self._decoder.decode_batch([row.ids for row in rows], choosers)
         written = []
-        for row in rows:
-            base: Any = self.base
-            controls = base.controls([row], config, len(row.ids))
-            choice = _ControlledChoice(controls, self.target.device)
-            ids, stats = self._decoder.decode(row.ids, choice)
-            [done] = controls.collect(torch.tensor([ids]))
+        for ids, stats, own in zip(texts, records, controls, strict=True):
+            [done] = own.collect(torch.tensor([ids]))
             done.stats = _plain(stats)
             written.append(done)
         return written

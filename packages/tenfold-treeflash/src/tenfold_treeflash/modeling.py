@@ -13,6 +13,7 @@ in training), `H` hidden, `F` target features, `D` head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -119,7 +120,9 @@ class DraftBackbone(nn.Module):
         super()._apply(fn, recurse)
         moved = self.rotary_emb.inv_freq
         if moved.dtype != frequencies.dtype:
-            self.rotary_emb.inv_freq = frequencies.to(moved.device)
+            self.rotary_emb.register_buffer(
+                "inv_freq", frequencies.to(moved.device), persistent=False
+            )
         return self
 
     def blocks(self) -> list[BlockLayer]:
@@ -254,6 +257,27 @@ class TreeFlashDraftModel(PreTrainedModel):
         block = self.block_input(torch.tensor([anchor], device=device), embedding, size)
         positions = torch.arange(cache.length, cache.length + size, device=device)[None]
         return self.model(block, positions, cache.pairs())[0]
+
+    def draft_rows(
+        self,
+        cache: DraftCache,
+        anchors: Sequence[int],
+        embedding: Tensor,
+        size: int,
+        lengths: Sequence[int],
+    ) -> Tensor:
+        """Residual streams `[B, size, H]` of a block per row, behind the first `lengths[r]` tokens
+        of row r of the cache."""
+        device = embedding.device
+        block = self.block_input(torch.tensor(anchors, device=device), embedding, size)
+        ends = torch.tensor(lengths, device=device)[:, None]
+        positions = ends + torch.arange(size, device=device)
+        mask = None
+        if min(lengths) < cache.length:
+            filled = torch.arange(cache.length, device=device) < ends
+            own = torch.ones((len(lengths), size), dtype=torch.bool, device=device)
+            mask = torch.cat([filled, own], dim=1)[:, None, None].expand(-1, -1, size, -1)
+        return self.model(block, positions, cache.pairs(), mask)
 
     def correct(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """`h + delta [..., H]` for previous tokens' raw embeddings `[..., previous, H]`."""

@@ -124,7 +124,7 @@ class Race:
             drafters = [m.drafter for m in models.values() if getattr(m, "drafter", None)]
             if not drafters:
                 raise ConfigError("the peer dflash needs a role with a drafter")
-            from tenfold_treeflash.native import as_hf_dflash_assistant
+            from tenfold_treeflash.assistant import as_hf_dflash_assistant
 
             assistant = as_hf_dflash_assistant(drafters[0].network)
             settings = {"assistant_model": assistant, "speculation_type": "dflash"}

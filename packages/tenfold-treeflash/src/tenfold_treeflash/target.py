@@ -179,18 +179,64 @@ class Target:
         )
         return output.logits[0]
 
+    def prefill_rows(self, ids: Tensor, counts: Sequence[int], cache: TreeCache) -> Tensor:
+        """Runs prompts `[R, n]`, padded on the right behind their first `counts[r]` tokens;
+        logits `[R, V]` after the last token of each."""
+        last = torch.tensor(counts, device=ids.device) - 1
+        extra = {}
+        if self._keeps_logits:
+            kept, last = last.unique(return_inverse=True)
+            extra["logits_to_keep"] = kept
+        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
+        return output.logits[torch.arange(len(counts), device=ids.device), last]
+
+    def verify_rows(
+        self, trees: Sequence[DraftTree], lengths: Sequence[int], cache: TreeCache
+    ) -> Tensor:
+        """Runs a tree per row behind its first `lengths[r]` tokens; logits `[R, n, V]`.
+
+        Smaller trees are filled up with nodes that see themselves only and that no walk reaches.
+        """
+        n, start, device = max(map(len, trees)), cache.length, self.device
+        seen = np.zeros((len(trees), n, start + n), dtype=bool)
+        tokens, depths = [], []
+        for row, (tree, length) in enumerate(zip(trees, lengths, strict=True)):
+            size = len(tree)
+            seen[row, :, :length] = True
+            seen[row, :, start:] = np.eye(n, dtype=bool)
+            seen[row, :size, start : start + size] = tree.ancestors()
+            tokens.append(tree.tokens + [tree.tokens[0]] * (n - size))
+            depths.append(tree.depths + [0] * (n - size))
+        positions = torch.tensor(depths, device=device)
+        positions = positions + torch.tensor(lengths, device=device)[:, None]
+        arguments: dict[str, Any] = {"position_ids": positions} if self._positions else {}
+        output = self.model(
+            input_ids=torch.tensor(tokens, device=device),
+            attention_mask=self._masks(torch.from_numpy(seen).to(device), positions, start),
+            past_key_values=cache,
+            use_cache=True,
+            **arguments,
+        )
+        return output.logits
+
     def mask(self, allowed: Tensor, positions: Tensor, start: int) -> Any:
         """Additive masks `[1, 1, n, start + n]`, or one per kind of layer.
 
         `allowed [n, n]` bool: which nodes a node looks at, itself included.
         """
         n = allowed.shape[0]
-        seen = torch.ones((n, start + n), dtype=torch.bool, device=allowed.device)
-        seen[:, start:] = allowed
+        seen = torch.ones((1, n, start + n), dtype=torch.bool, device=allowed.device)
+        seen[0, :, start:] = allowed
+        return self._masks(seen, positions[None], start)
+
+    def _masks(self, seen: Tensor, positions: Tensor, start: int) -> Any:
+        """Masks from what is seen, `[R, n, start + n]`, and positions `[R, n]`: the slots of the
+        context are its positions."""
         if self.window is None:
             return self._additive(seen)
-        keys = torch.cat([torch.arange(start, device=allowed.device), positions])
-        near = seen & (positions[:, None] - keys[None] < self.window)
+        context = torch.arange(start, device=seen.device).expand(seen.shape[0], -1)
+        keys = torch.cat([context, positions], dim=1)
+        near = seen & (positions[:, :, None] - keys[:, None] < self.window)
         if not self._mixed:
             return self._additive(near)
         return {FULL: self._additive(seen), SLIDING: self._additive(near)}
@@ -198,7 +244,7 @@ class Target:
     def _additive(self, seen: Tensor) -> Tensor:
         dtype = self.dtype
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def _check_layers(name: str, config: Any) -> None:
@@ -224,9 +270,14 @@ def _position_limits(config: Any, length: int) -> tuple[int, int, bool]:
         part.get("rope_type") for part in rope.values() if isinstance(part, dict)
     }
     turn, moves = architecture.UNLIMITED, bool(kinds.intersection(_ROPES_THAT_MOVE))
-    if moves or kinds.intersection(_ROPES_THAT_TURN):
-        own = rope.get("original_max_position_embeddings")
-        turn = int(own or getattr(config, "original_max_position_embeddings", None) or length)
+    if moves:
+        turn = length
+    elif kinds.intersection(_ROPES_THAT_TURN):
+        parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+        own = [part["original_max_position_embeddings"] for part in parts
+               if part.get("original_max_position_embeddings")]  # fmt: skip
+        own = own or [getattr(config, "original_max_position_embeddings", None) or length]
+        turn = int(min(own))
     return architecture.UNLIMITED if rotary else length, turn, moves
 
 

@@ -127,32 +127,43 @@ def build_tree(tables: TransitionTables, anchor: int, size: int) -> DraftTree:
         raise ConfigError(f"tree_size is {size}; it must be at least 1 (the newest token itself)")
     tree = single(anchor)
     tokens, parents, depths, log_probs = tree.tokens, tree.parents, tree.depths, tree.log_probs
-    token_rows = tables.tokens.tolist()
-    score_rows = tables.log_probs.tolist()
-    link_rows = tables.links.tolist()
     last, width = tables.depth - 1, tables.tokens.shape[2]
-    if last < 0 or score_rows[0][0][0] == -math.inf:
+    if last < 0:
+        return tree
+    rows: dict[tuple[int, int], tuple[list[int], list[float], list[int]]] = {}
+
+    def row_of(depth: int, row: int) -> tuple[list[int], list[float], list[int]]:
+        """A row as plain lists; only those in use are converted."""
+        found = rows.get((depth, row))
+        if found is None:
+            found = rows[depth, row] = (
+                tables.tokens[depth, row].tolist(), tables.log_probs[depth, row].tolist(),
+                tables.links[depth, row].tolist(),
+            )  # fmt: skip
+        return found
+
+    first = row_of(0, 0)
+    if first[1][0] == -math.inf:
         return tree
     push, pop = heapq.heappush, heapq.heappop
     count = 1
     # (cost, order, parent node, depth index, row, rank, cost of the parent)
-    heap = [(-score_rows[0][0][0], 0, 0, 0, 0, 0, 0.0)]
+    heap = [(-first[1][0], 0, 0, 0, first, 0, 0.0)]
     while heap and len(tokens) < size:
         cost, _, parent, depth, row, rank, above = pop(heap)
+        names, scores, links = row
         node = len(tokens)
-        tokens.append(token_rows[depth][row][rank])
+        tokens.append(names[rank])
         parents.append(parent)
         depths.append(depth + 1)
         log_probs.append(-cost)
-        scores = score_rows[depth][row]
         if rank + 1 < width and scores[rank + 1] > -math.inf:
             push(heap, (above - scores[rank + 1], count, parent, depth, row, rank + 1, above))
             count += 1
-        link = link_rows[depth][row][rank]
-        if link >= 0 and depth < last:
-            best = score_rows[depth + 1][link][0]
-            if best > -math.inf:
-                push(heap, (cost - best, count, node, depth + 1, link, 0, cost))
+        if links[rank] >= 0 and depth < last:
+            below = row_of(depth + 1, links[rank])
+            if below[1][0] > -math.inf:
+                push(heap, (cost - below[1][0], count, node, depth + 1, below, 0, cost))
                 count += 1
     return tree
 

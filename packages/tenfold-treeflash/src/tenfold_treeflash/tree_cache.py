@@ -71,6 +71,19 @@ class TreeCacheLayer(CacheLayerMixin):
             self.values[..., start : start + count, :] = self.values[..., chosen, :]
         self.length = start + count
 
+    def keep_rows(self, source: Tensor, slots: Tensor, length: int) -> None:
+        """Moves the tokens at slots `source [B, n]` to `slots [B, n]`; `length` remain."""
+        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        for store in (self.keys, self.values):
+            if store is not None:
+                store[rows, :, slots] = store[rows, :, source]
+        self.length = length
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows only."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset for a mask over this layer."""
         return self.length + query_length, 0
@@ -114,3 +127,22 @@ class TreeCache(Cache):
             offsets = torch.tensor(list(nodes), device=store.keys.device)
         for layer in self.stores:
             layer.keep(start, offsets, len(nodes))
+
+    def keep_rows(self, start: int, lengths: Sequence[int], nodes: Sequence[Sequence[int]]) -> None:
+        """Keeps the first `lengths[r]` tokens of row r and, behind them, these of the nodes that
+        were appended at slot `start`."""
+        longest = max(length + len(path) for length, path in zip(lengths, nodes, strict=True))
+        keys = self.stores[0].keys
+        assert keys is not None
+        width = max(map(len, nodes))
+        padded = [[*path, *[path[-1]] * (width - len(path))] for path in nodes]
+        source = torch.tensor(padded, device=keys.device) + start
+        slots = torch.tensor(lengths, device=keys.device)[:, None]
+        slots = slots + torch.arange(width, device=keys.device)
+        for layer in self.stores:
+            layer.keep_rows(source, slots, longest)
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows only."""
+        for layer in self.stores:
+            layer.select(rows)
