@@ -18,6 +18,7 @@ import torch
 from tenfold.capabilities import Context, Dataset
 from tenfold.errors import ConfigError, nearest
 from tenfold.lm.plan import TrainingPlan
+from tenfold.lm.precision import native_bf16
 from tenfold.lm.trainer import Collator, scored_tokens
 from tenfold.records import Checkpoint
 from tenfold.scale.process import local_device
@@ -29,7 +30,7 @@ from tenfold_nvium.convert import TRAINING_LOG_ODDS, convert, gates_are_closed, 
 from tenfold_nvium.lm import load_network
 from tenfold_nvium.modeling import NviumForCausalLM
 from tenfold_nvium.rows import rows_of, train_and_held_out
-from tenfold_nvium.trainers import fit_mixture, native_bf16
+from tenfold_nvium.trainers import fit_mixture
 from tenfold_nvium.training import LOSSES
 
 PARTS = ("exits", "routers", "all")

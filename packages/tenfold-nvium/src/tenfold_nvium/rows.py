@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from tenfold.capabilities import Dataset as RecordDataset
 from tenfold.capabilities import Tokenizes
 from tenfold.errors import ConfigError
-from tenfold.lm.packing import PackedRows, pack_tokens
+from tenfold.lm.packing import AnswerRows, PackedRows, pack_tokens
 from tenfold.lm.prompts import continuation_ids, prompt_ids
 from tenfold.lm.tokenizer import TokenizerMixin
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from tenfold_nvium.loss import IGNORED
 
 
 class Vocabulary(TokenizerMixin):
@@ -24,41 +19,6 @@ class Vocabulary(TokenizerMixin):
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-
-
-class AnswerRows(Dataset):
-    """Rows of different lengths, each a prompt and its answer.
-
-    A row is `{"input_ids": [L], "labels": [L]}` (int64); the prompt's labels are `IGNORED`.
-    """
-
-    def __init__(self, rows: Sequence[tuple[list[int], int]]) -> None:
-        self._rows = list(rows)
-        """Token ids, and how many of them are the prompt."""
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids, prompt = self._rows[index]
-        tokens = torch.tensor(ids)
-        labels = tokens.clone()
-        labels[:prompt] = IGNORED
-        return {"input_ids": tokens, "labels": labels}
-
-    def fingerprint(self) -> str:
-        """Content hash of the rows."""
-        return hashlib.sha256(repr(self._rows).encode()).hexdigest()[:16]
-
-    def subset(self, indices: Iterable[int]) -> AnswerRows:
-        """The rows of these indices, in their order."""
-        return AnswerRows([self._rows[i] for i in indices])
-
-    def split(self, held_out: int, seed: int = 0) -> tuple[AnswerRows, AnswerRows]:
-        """Rows to train on and `held_out` others, chosen by `seed`; both keep their order."""
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self), generator=generator).tolist()
-        return self.subset(sorted(order[held_out:])), self.subset(sorted(order[:held_out]))
 
 
 Rows = PackedRows | AnswerRows

@@ -12,6 +12,7 @@ from tenfold.capabilities import Context, Dataset
 from tenfold.errors import ConfigError
 from tenfold.lm.packing import PackedRows
 from tenfold.lm.plan import TrainingPlan
+from tenfold.lm.precision import native_bf16
 from tenfold.lm.tokenizer import train_bpe
 from tenfold.lm.training import fit_causal_lm
 from tenfold.records import Checkpoint, Metric
@@ -251,19 +252,3 @@ def _shaped(name: str, given: Mapping[str, Any], exits: Sequence[int] | None) ->
         changes.setdefault("adapter_size", None)
         changes.setdefault("router_intermediate_size", None)
     return replace(chosen, **changes)
-
-
-def native_bf16(device: str) -> bool:
-    """Whether bfloat16 is fast on a device: GPUs from Ampere on, CPUs with bf16 instructions
-    (without them it is emulated, tens of times slower than fp32)."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _cpu_has_bf16()
-    return False
-
-
-def _cpu_has_bf16() -> bool:
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text() if flags.is_file() else ""
-    return "avx512_bf16" in text or "amx_bf16" in text

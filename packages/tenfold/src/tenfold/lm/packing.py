@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch.utils.data import Dataset
 from tenfold.errors import ConfigError
 
 _TEXTS_PER_CALL = 512
+
+IGNORED = -100
+"""Label of a token that is not scored."""
 
 
 class PackedRows(Dataset):
@@ -50,6 +53,41 @@ class PackedRows(Dataset):
         order = torch.randperm(len(self), generator=generator)
         kept, held = order[held_out:].sort().values, order[:held_out].sort().values
         return PackedRows(self.tokens[kept]), PackedRows(self.tokens[held])
+
+
+class AnswerRows(Dataset):
+    """Rows of different lengths, each a prompt and its answer.
+
+    A row is `{"input_ids": [L], "labels": [L]}` (int64); the prompt's labels are `IGNORED`.
+    """
+
+    def __init__(self, rows: Sequence[tuple[list[int], int]]) -> None:
+        self._rows = list(rows)
+        """Token ids, and how many of them are the prompt."""
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids, prompt = self._rows[index]
+        tokens = torch.tensor(ids)
+        labels = tokens.clone()
+        labels[:prompt] = IGNORED
+        return {"input_ids": tokens, "labels": labels}
+
+    def fingerprint(self) -> str:
+        """Content hash of the rows."""
+        return hashlib.sha256(repr(self._rows).encode()).hexdigest()[:16]
+
+    def subset(self, indices: Iterable[int]) -> AnswerRows:
+        """The rows of these indices, in their order."""
+        return AnswerRows([self._rows[i] for i in indices])
+
+    def split(self, held_out: int, seed: int = 0) -> tuple[AnswerRows, AnswerRows]:
+        """Rows to train on and `held_out` others, chosen by `seed`; both keep their order."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self), generator=generator).tolist()
+        return self.subset(sorted(order[held_out:])), self.subset(sorted(order[:held_out]))
 
 
 def pack_tokens(texts: Iterable[str], tokenizer: Any, context_length: int) -> PackedRows:

@@ -16,10 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler, default_collate
 from transformers import Trainer
 
+from tenfold.lm.packing import IGNORED
 from tenfold.scale import process
-
-IGNORED = -100
-"""Label of a token that is not scored."""
 
 Loss = Tensor | tuple[Tensor, Mapping[str, float]]
 ComputeLoss = Callable[[Any, Mapping[str, Tensor]], Loss]

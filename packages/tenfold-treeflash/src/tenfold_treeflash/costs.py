@@ -1,0 +1,188 @@
+"""How many nodes a round should have: expected tokens against measured time.
+
+With the tree's nodes in the order they were chosen, path probabilities P_1 >= P_2 >= ...; a round
+of `n` drafted nodes gives `1 + P_1 + ... + P_n` tokens if the drafter is right, and costs
+`draft + verify(1 + n)` seconds. The best `n` is the one with the highest ratio.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from tenfold.errors import ConfigError
+from tenfold.files import write_json
+from tenfold.seeds import content_hash
+from tenfold.workspace import user_cache
+
+from tenfold_treeflash.draft_cache import DraftCache
+from tenfold_treeflash.modeling import TreeFlashDraftModel
+from tenfold_treeflash.tables import transition_tables
+from tenfold_treeflash.target import Target, own_masks
+from tenfold_treeflash.tree import DraftTree, build_tree
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_CONTEXT = 48
+FORMAT = "treeflash-costs/1"
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Measured seconds.
+
+    Attributes:
+        draft: of one drafter pass with its tables and tree.
+        verify: nodes to seconds of one pass of the target.
+    """
+
+    draft: float
+    verify: Mapping[int, float]
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a table without one node, or times that are no times."""
+        values = [self.draft, *self.verify.values()]
+        if 1 not in self.verify or not all(math.isfinite(v) and v >= 0 for v in values):
+            raise ConfigError("a cost model needs finite seconds, of one node among others")
+
+    @property
+    def sizes(self) -> list[int]:
+        """Measured sizes, ascending."""
+        return sorted(self.verify)
+
+    def cost(self, nodes: int) -> float:
+        """Seconds of a drafted round with so many nodes; between measured sizes on a line."""
+        sizes = self.sizes
+        return self.draft + float(np.interp(nodes, sizes, [self.verify[s] for s in sizes]))
+
+    def best(self, log_probs: Sequence[float]) -> int:
+        """Nodes to keep of a tree whose nodes have these log path probabilities (root first)."""
+        expected, best, best_rate = 0.0, 1, 0.0
+        for nodes, log_prob in enumerate(log_probs, start=1):
+            expected += math.exp(log_prob)
+            rate = expected / self.cost(nodes)
+            if rate > best_rate:
+                best, best_rate = nodes, rate
+        return best
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        verify = {str(size): seconds for size, seconds in sorted(self.verify.items())}
+        return {"format": FORMAT, "draft": self.draft, "verify": verify}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> CostModel:
+        """From `to_json`.
+
+        Raises:
+            ConfigError: another format.
+        """
+        if values.get("format") != FORMAT:
+            raise ConfigError(
+                f"no cost model: its format is {values.get('format')!r}, not {FORMAT}"
+            )
+        return cls(float(values["draft"]), {int(k): float(v) for k, v in values["verify"].items()})
+
+    def save(self, path: Path) -> None:
+        """Writes a JSON file, atomically."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> CostModel:
+        """Reads what `save` wrote.
+
+        Raises:
+            ConfigError: no such file, or another content.
+        """
+        try:
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise ConfigError(f"cannot read the cost model {path}: {error}") from error
+
+
+@torch.inference_mode()
+def calibrate(
+    target: Target,
+    drafter: TreeFlashDraftModel,
+    *,
+    sizes: Sequence[int] = SIZES,
+    repeats: int = 5,
+    context: int = _CONTEXT,
+    **tables: Any,
+) -> CostModel:
+    """Measures a pair on this machine: medians over `repeats`, sizes taking turns.
+
+    Args:
+        sizes: trees to measure; 1 is added.
+        context: tokens before the tree.
+        tables: further arguments of `transition_tables`.
+    """
+    vocabulary = target.embedding.shape[0]
+    ids = torch.arange(context, device=target.device) * 7 % vocabulary
+    layers = drafter.config.target_layer_ids
+    with own_masks(target.model), target.features(layers) as features:
+        cache, draft_cache = target.new_cache(), DraftCache()
+        target.prefill(ids, cache)
+        positions = torch.arange(context, device=target.device)
+        drafter.extend(draft_cache, features(), positions[None])
+        wanted = sorted({1, *sizes})
+        verify: dict[int, list[float]] = {size: [] for size in wanted}
+        draft: list[float] = []
+        for turn in range(repeats + 1):
+            started = _now(target.device)
+            hidden = drafter.draft(draft_cache, 0, target.embedding, drafter.config.block_size)
+            table = transition_tables(drafter, hidden, 0, target.embedding, target.head, **tables)
+            build_tree(table, 0, 16)
+            if turn:
+                draft.append(_now(target.device) - started)
+            for size in wanted:
+                started = _now(target.device)
+                target.verify(_comb(size, vocabulary), cache)
+                if turn:
+                    verify[size].append(_now(target.device) - started)
+                cache.keep(context, [])
+    return CostModel(median(draft), {size: median(times) for size, times in verify.items()})
+
+
+def cached_costs(
+    target: Target, drafter: TreeFlashDraftModel, folder: Path | None = None, **tables: Any
+) -> CostModel:
+    """The pair's cost model, measured once per machine, shape, number type and thread count."""
+    facts = {
+        "target": target.model.config.to_dict(),
+        "drafter": drafter.config.to_dict(),
+        "device": str(target.device),
+        "dtype": str(next(target.model.parameters()).dtype),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "tables": tables,
+    }
+    path = (folder or user_cache() / "treeflash" / "costs") / f"{content_hash(facts)}.json"
+    if path.is_file():
+        return CostModel.load(path)
+    model = calibrate(target, drafter, **tables)
+    model.save(path)
+    return model
+
+
+def _comb(size: int, vocabulary: int) -> DraftTree:
+    """A tree of `size` nodes, two children per inner node."""
+    parents = [-1, *((i - 1) // 2 for i in range(1, size))]
+    depths = [0] * size
+    for node in range(1, size):
+        depths[node] = depths[parents[node]] + 1
+    return DraftTree([i % vocabulary for i in range(size)], parents, depths, [0.0] * size)
+
+
+def _now(device: torch.device) -> float:
+    """The clock, once the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,190 @@
+"""The components: a drafter's checkpoint, and a language model decoded with it.
+
+A `TreeDecoder` is its base in everything but `generate`, and writes what the base writes: the
+base's own processors and random numbers decide every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tenfold.capabilities import Delegate
+from tenfold.errors import ConfigError
+from tenfold.lm.generation import GenerateMixin
+from tenfold.lm.sampling import GeneratedRow, GenerationControls, GenerationRow
+from tenfold.lm.weights import hash_tensors
+from tenfold.records import GenerationConfig
+from tenfold.seeds import content_hash
+
+from tenfold_treeflash.checkpoints import load_drafter
+from tenfold_treeflash.costs import CostModel, cached_costs
+from tenfold_treeflash.decoding import DecodingStats, DraftSettings, Round, SpeculativeDecoder
+from tenfold_treeflash.modeling import TreeFlashDraftModel
+from tenfold_treeflash.target import Target, check_pair
+
+AUTO = "auto"
+LARGEST_AUTO = 64
+
+
+class Drafter:
+    """A drafter's weights with the name they have in run files.
+
+    Attributes:
+        network: the model.
+        source: the folder it came from.
+    """
+
+    def __init__(self, network: TreeFlashDraftModel, source: Path | None = None) -> None:
+        self.network, self.source = network.eval(), source
+
+    def fingerprint(self) -> str:
+        """Content hash of the weights."""
+        return hash_tensors(self.network)
+
+
+def load(checkpoint: str, device: str = "cpu", dtype: str = "float32") -> Drafter:
+    """A drafter from a checkpoint folder, published or written by `treeflash:drafter`.
+
+    Raises:
+        ConfigError: no such checkpoint, or one that is no drafter.
+    """
+    folder = Path(checkpoint).expanduser()
+    network = load_drafter(folder).to(device=device, dtype=getattr(torch, dtype))
+    return Drafter(network, folder)
+
+
+class TreeDecoder(Delegate, GenerateMixin):
+    """A causal language model decoded in trees.
+
+    Args:
+        base: the model; what it writes is what this writes.
+        drafter: its drafter; None decodes the same loop without one.
+        method: `tree`, `marginal` or `chain`.
+        tree_size: nodes per round, or `auto` for the best number by measured cost.
+        top_m, top_k, temperature, shortlist, block_size: see `DraftSettings`.
+
+    Raises:
+        ConfigError: a base without weights of its own, or a drafter of another target.
+        ComponentError: a base whose attention cannot run trees.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        drafter: Drafter | None,
+        method: str = "tree",
+        tree_size: int | str = AUTO,
+        top_m: int = 16,
+        top_k: int = 16,
+        temperature: float = 1.0,
+        shortlist: int | None = None,
+        block_size: int | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        super().__init__(base)
+        if not isinstance(base, GenerateMixin) or not hasattr(base, "module"):
+            raise ConfigError(
+                f"{type(base).__name__} has no weights here to decode with; the base must be a "
+                "local language model such as core:hf or core:tiny-lm"
+            )
+        self.batch_tokens, self._eos_ids = base.batch_tokens, base._eos_ids
+        self.drafter = drafter
+        network = None if drafter is None else drafter.network
+        self.target = Target(base.module())
+        if network is not None:
+            network.to(self.target.device)
+        check_pair(self.target, network)
+        self.method = method if network is not None else "none"
+        self.costs: CostModel | None = None
+        size = _tree_size(tree_size)
+        if size is None and network is not None and self.method != "chain":
+            tables: dict[str, Any] = {"top_m": top_m, "top_k": top_k, "shortlist": shortlist}
+            self.costs = cached_costs(self.target, network, **tables)
+        if size is None:
+            size = LARGEST_AUTO
+        self.settings = DraftSettings(
+            method=self.method, tree_size=size, top_m=top_m, top_k=top_k,
+            temperature=temperature, shortlist=shortlist, block_size=block_size,
+        )  # fmt: skip
+        self.rounds: list[Round] | None = None
+        """Rounds are kept here while it is a list."""
+        self._decoder = SpeculativeDecoder(
+            self.target, network, self.settings, watch=self._watch, costs=self.costs
+        )
+
+    def _watch(self, round_: Round) -> None:
+        if self.rounds is not None:
+            self.rounds.append(round_)
+
+    def _generate_batch(
+        self, rows: Sequence[GenerationRow], config: GenerationConfig
+    ) -> list[GeneratedRow]:
+        """Rows side by side, each with its own processors and random numbers."""
+        base: Any = self.base
+        controls = [base.controls([row], config, len(row.ids)) for row in rows]
+        choosers = [_ControlledChoice(own, self.target.device) for own in controls]
+        texts, records = self._decoder.decode_batch([row.ids for row in rows], choosers)
+        written = []
+        for ids, stats, own in zip(texts, records, controls, strict=True):
+            [done] = own.collect(torch.tensor([ids]))
+            done.stats = _plain(stats)
+            written.append(done)
+        return written
+
+    def fingerprint(self) -> str:
+        """The base's: drafters change how fast it writes, never what."""
+        return self.base.fingerprint()
+
+    def drafting_fingerprint(self) -> str:
+        """Content hash of base, drafter and settings."""
+        drafter = None if self.drafter is None else self.drafter.fingerprint()
+        return content_hash([self.base.fingerprint(), drafter, repr(self.settings)])
+
+
+class _ControlledChoice:
+    """Choices by the base's own controls: processors, then the arg-max (noise included)."""
+
+    def __init__(self, controls: GenerationControls, device: torch.device) -> None:
+        self._controls, self._device = controls, device
+        self.greedy = not len(controls.processors)
+
+    def choose(self, ids: list[int], logits: torch.Tensor) -> int:
+        """See `Chooser`."""
+        text: Any = torch.tensor([ids], device=self._device)
+        scores: Any = self._controls.processors(text, logits[None].to(copy=True))
+        return int(scores.argmax(-1))
+
+    def ends(self, ids: list[int]) -> bool:
+        """See `Chooser`."""
+        text: Any = torch.tensor([ids])
+        scores: Any = None
+        return bool(self._controls.stopping(text, scores).all())
+
+
+def _plain(stats: DecodingStats) -> dict[str, Any]:
+    """What a completion tells of its rounds: nothing that a clock decides."""
+    return {"rounds": stats.rounds, "accepted": list(stats.accepted)}
+
+
+def _tree_size(value: int | str) -> int | None:
+    """A number, or None for `auto`."""
+    if value == AUTO:
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(f"tree_size is {value!r}; it must be auto or a number") from None
+
+
+def chain(base: Any, drafter: Drafter, **settings: Any) -> TreeDecoder:
+    """A decoder that drafts the single best path."""
+    return TreeDecoder(base, drafter, method="chain", **settings)
+
+
+def marginal(base: Any, drafter: Drafter, **settings: Any) -> TreeDecoder:
+    """A decoder that drafts trees of marginals."""
+    return TreeDecoder(base, drafter, method="marginal", **settings)

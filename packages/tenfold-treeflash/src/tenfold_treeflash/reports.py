@@ -1,0 +1,54 @@
+"""Report pages of the evaluators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tenfold.records import Metric
+
+if TYPE_CHECKING:
+    from tenfold.report import Block
+
+_RACE = (
+    ("decode_tokens_per_second", "Decoding after the first token, one text at a time."),
+    ("speedup", "Decoding speed over {baseline}, with bootstrap intervals over prompts."),
+    ("block_efficiency", "Tokens per round, the model's own last one included."),
+)
+
+
+def race_blocks(metrics: Sequence[Metric], baseline: str) -> Iterator[Block]:
+    """Bars per measure, and whether greedy texts were equal."""
+    from tenfold.report import Bars, Heading, Paragraph
+
+    yield Heading("Race")
+    yield Paragraph(
+        "Models took turns on every prompt. At temperature above 0 contenders with other random "
+        "numbers write other texts; rates are per token."
+    )
+    for name, caption in _RACE:
+        chosen = [m for m in metrics if m.name == name]
+        if chosen:
+            yield Bars(
+                [m.group for m in chosen], [m.value for m in chosen],
+                [m.interval for m in chosen], chosen[0].unit, caption.format(baseline=baseline),
+            )  # fmt: skip
+    equal = [m for m in metrics if m.name == "equal_texts"]
+    if equal:
+        whole = [m.group for m in equal if m.value == 1]
+        other = [f"{m.group}: {m.value:.0%}" for m in equal if m.value < 1]
+        text = f"Greedy texts equal to {baseline}'s, token for token: {', '.join(whole) or 'none'}."
+        yield Paragraph(text + (f" Not always: {', '.join(other)}." if other else ""))
+
+
+def diagnostics_blocks(table: Mapping[tuple[str, str, int], Sequence[float]]) -> Iterator[Block]:
+    """One chart per measure, a line per kind over depths."""
+    from tenfold.report import Heading, Lines
+
+    yield Heading("Drafted distributions by depth")
+    for name in dict.fromkeys(key[1] for key in table):
+        series: dict[str, list[tuple[float, float]]] = {}
+        for (kind, measure, depth), values in table.items():
+            if measure == name:
+                series.setdefault(kind, []).append((float(depth), sum(values) / len(values)))
+        yield Lines(series, "depth", name, f"{name}, means over texts.")

@@ -1,0 +1,278 @@
+"""`treeflash:drafter`: trains a drafter for a frozen target.
+
+Phase A (`dflash`) teaches the backbone marginals, phase B (`treeflash`) the approximator and,
+gently, the backbone; `both` runs one after the other. Rows are packed texts, prompts with
+references, or what the target itself wrote (samples): the last is what drafts best, since a
+drafter has to foresee the target and nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tenfold.capabilities import Context, Dataset, Delegate
+from tenfold.errors import ConfigError
+from tenfold.lm.packing import AnswerRows, PackedRows, pack_tokens
+from tenfold.lm.plan import TrainingPlan
+from tenfold.lm.precision import native_bf16
+from tenfold.lm.prompts import continuation_ids, prompt_ids
+from tenfold.lm.training import fit_causal_lm
+from tenfold.records import Checkpoint, Metric
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tenfold_treeflash.checkpoints import load_drafter
+from tenfold_treeflash.configuration import TreeFlashConfig, for_target
+from tenfold_treeflash.mask_token import find_mask_token
+from tenfold_treeflash.modeling import TreeFlashDraftModel
+from tenfold_treeflash.objective import DraftObjective, ObjectiveSettings
+from tenfold_treeflash.target import Target
+
+PHASES = ("both", "dflash", "treeflash", "joint")
+
+
+class NumberedRows(TorchDataset):
+    """Rows that know their number (`row`, int64), which their anchors depend on."""
+
+    def __init__(self, rows: PackedRows | AnswerRows) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {**self._rows[index], "row": torch.tensor(index)}
+
+    def fingerprint(self) -> str:
+        """Content hash of the rows."""
+        return self._rows.fingerprint()
+
+
+class StepCallback(TrainerCallback):
+    """Tells the objective which step is about to run."""
+
+    def __init__(self, objective: DraftObjective) -> None:
+        self._objective = objective
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Sets the step."""
+        self._objective.step = state.global_step
+
+
+class _PhaseContext(Delegate):
+    """The host's context with a folder of its own for one phase."""
+
+    def __init__(self, ctx: Context, name: str) -> None:
+        super().__init__(ctx)
+        self.work_dir = Path(ctx.work_dir) / name
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+
+
+class DrafterTrainer:
+    """Trains a drafter; parameters are described by the plugin.
+
+    Raises:
+        ConfigError: settings out of range.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        dataset: Dataset,
+        init: str | None = None,
+        phase: str = "both",
+        layers: int = 2,
+        block_size: int = 8,
+        num_features: int = 5,
+        ar_approximation: str = "swiglu",
+        mask: str = "auto",
+        freeze_backbone: bool = False,
+        steps: int = 600,
+        steps_b: int = 400,
+        batch_size: int = 16,
+        learning_rate: float = 2e-3,
+        learning_rate_b: float = 1e-3,
+        warmup_ratio: float = 0.04,
+        weight_decay: float = 0.0,
+        context_length: int = 256,
+        anchors: int = 32,
+        marginal_loss: str = "ce",
+        marginal_weight: float | None = None,
+        decay: float | None = None,
+        eval_rows: int = 32,
+        gradient_accumulation: int = 1,
+        save_steps: int = 0,
+        bf16: bool | None = None,
+        seed: int | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        if phase not in PHASES:
+            raise ConfigError(f"phase is {phase!r}; known: {', '.join(PHASES)}")
+        if phase == "treeflash" and init is None:
+            raise ConfigError(
+                "phase treeflash starts from a trained backbone: give init (a checkpoint folder), "
+                "or use phase both"
+            )
+        if context_length < 4:
+            raise ConfigError(f"context_length is {context_length}; it must be at least 4")
+        self.base, self.dataset, self.init, self.phase = target, dataset, init, phase
+        self.shape: dict[str, Any] = {
+            "num_hidden_layers": layers, "block_size": block_size, "num_features": num_features,
+            "ar_approximation": ar_approximation,
+        }  # fmt: skip
+        self.mask, self.freeze_backbone = mask, freeze_backbone
+        self.steps, self.rates = (steps, steps_b), (learning_rate, learning_rate_b)
+        self.batch_size, self.warmup_ratio = batch_size, warmup_ratio
+        self.weight_decay, self.context_length = weight_decay, context_length
+        self.anchors, self.decay = anchors, decay
+        self.marginal_loss, self.marginal_weight = marginal_loss, marginal_weight
+        self.eval_rows, self.gradient_accumulation = eval_rows, gradient_accumulation
+        self.save_steps, self.bf16, self.seed = save_steps, bf16, seed
+        for name in self._phases():
+            self._settings(name, 0)
+
+    def fit(self, ctx: Context, model: Any | None, data: Mapping[str, Dataset]) -> Checkpoint:
+        """Trains and saves `ctx.work_dir / "checkpoint"` (or of its last phase); resumes.
+
+        Raises:
+            ConfigError: no usable rows, or a drafter that does not fit the target.
+        """
+        seed = ctx.seed if self.seed is None else self.seed
+        target = Target(self.base.module())
+        target.model.requires_grad_(False)
+        with ctx.progress("preparing rows", None, "") as bar:
+            rows, held_out = self._rows(seed)
+            bar.advance(len(rows))
+        drafter = self._drafter(target, seed)
+        target.check_drafter(drafter.config)
+        metrics: list[Metric] = []
+        checkpoint: Checkpoint | None = None
+        phases = self._phases()
+        for number, phase in enumerate(phases):
+            last = number + 1 == len(phases)
+            own: Any = ctx if last else _PhaseContext(ctx, f"phase-{phase}")
+            checkpoint = self._train(own, phase, number, drafter, target, rows, held_out, seed)
+            if not last:
+                # Read back, so that a resumed training begins with the very same object.
+                drafter = load_drafter(checkpoint.path).to(target.device)
+            metrics += [
+                Metric(f"{phase}-{m.name}", m.value, m.n, higher_is_better=False, unit=m.unit)
+                for m in checkpoint.metrics
+                if m.name.endswith("loss")
+            ]
+        assert checkpoint is not None
+        size = sum(p.numel() for p in drafter.parameters())
+        return Checkpoint(checkpoint.path, [*metrics, Metric("parameters", float(size), 1)])
+
+    def _train(
+        self,
+        ctx: Any,
+        phase: str,
+        number: int,
+        drafter: TreeFlashDraftModel,
+        target: Target,
+        rows: Any,
+        held_out: Any,
+        seed: int,
+    ) -> Checkpoint:
+        backbone = not (self.freeze_backbone and phase == "treeflash")
+        for name, parameter in drafter.named_parameters():
+            own = name.startswith("ar_approximation.")
+            parameter.requires_grad_(phase != "dflash" if own else backbone)
+        objective = DraftObjective(target, self._settings(phase, seed))
+        index = min(number, 1) if self.phase == "both" else int(phase == "treeflash")
+        plan = TrainingPlan(
+            steps=self.steps[index],
+            batch_size=self.batch_size,
+            learning_rate=self.rates[index],
+            warmup_ratio=self.warmup_ratio,
+            weight_decay=self.weight_decay,
+            adam_beta2=0.999,
+            context_length=self.context_length,
+            bf16=native_bf16(ctx.device) if self.bf16 is None else self.bf16,
+            gradient_accumulation=self.gradient_accumulation,
+            save_steps=self.save_steps,
+            seed=seed,
+        )
+        return fit_causal_lm(
+            ctx, drafter, None, NumberedRows(rows), plan, compute_loss=objective,
+            callbacks=[StepCallback(objective)],
+            eval_dataset=None if held_out is None else NumberedRows(held_out),
+        )  # fmt: skip
+
+    def _phases(self) -> list[str]:
+        return ["dflash", "treeflash"] if self.phase == "both" else [self.phase]
+
+    def _settings(self, phase: str, seed: int) -> ObjectiveSettings:
+        return ObjectiveSettings(
+            phase=phase, anchors=self.anchors, marginal_weight=self._lambda(phase),
+            marginal_loss=self.marginal_loss, decay=self.decay, seed=seed,
+        )  # fmt: skip
+
+    def _lambda(self, phase: str) -> float | None:
+        if self.freeze_backbone and phase == "treeflash":
+            return 0.0
+        return self.marginal_weight
+
+    def _drafter(self, target: Target, seed: int) -> TreeFlashDraftModel:
+        if self.init is not None:
+            return load_drafter(
+                self.init, ar_approximation=str(self.shape["ar_approximation"])
+            ).float()
+        config: TreeFlashConfig = for_target(
+            target.model.config,
+            mask_token_id=find_mask_token(target, self.base, self.mask),
+            **self.shape,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return TreeFlashDraftModel(config).to(target.device)
+
+    def _rows(self, seed: int) -> tuple[Any, Any]:
+        make = self._make_rows
+        rows = make(self.dataset.load())
+        if self.eval_rows <= 0:
+            return rows, None
+        if "validation" in self.dataset.splits():
+            held = make(self.dataset.load("validation", self.eval_rows))
+            return rows, held
+        count = min(self.eval_rows, len(rows) // 10)
+        return rows.split(count, seed) if count else (rows, None)
+
+    def _make_rows(self, records: Iterable[Any]) -> PackedRows | AnswerRows:
+        if self.dataset.kind == "text":
+            texts = (record.text for record in records)
+            return pack_tokens(texts, self.base.tokenizer, self.context_length)
+        rows = [row for record in records if (row := self._answer(record)) is not None]
+        if not rows:
+            raise ConfigError(
+                "no record has two supervised tokens in a row; the dataset needs prompts with "
+                "references, samples, or texts"
+            )
+        return AnswerRows(rows)
+
+    def _answer(self, record: Any) -> tuple[list[int], int] | None:
+        """Ids and the prompt's share of them, cut at the end; None for rows too short to draft."""
+        before = getattr(record, "prompt_ids", None)
+        after = getattr(record, "completion_ids", None)
+        if before is None:
+            before = prompt_ids(self.base, record.prompt)
+        if after is None:
+            text = getattr(record, "completion", None)
+            if text is None:
+                text = getattr(record, "reference", None)
+            if text is None:
+                raise ConfigError(
+                    f"record {record.id!r} has neither a completion nor a reference to learn from"
+                )
+            after = continuation_ids(self.base, text)
+        before = list(before)[-(self.context_length // 2) :]
+        ids = [*before, *after][: self.context_length]
+        return (ids, len(before)) if len(ids) - len(before) >= 2 and len(before) >= 1 else None

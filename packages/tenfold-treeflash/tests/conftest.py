@@ -1,0 +1,11 @@
+"""Makes `treeflash_cases` importable and keeps tensor threads out of each other's way."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)
