@@ -43,6 +43,7 @@ def test_scores_and_logits_are_transformers(target, drafter, sample):
         assert len(ours) == len(theirs) == 20
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert drafted(target, prompt(), drafter, max_new_tokens=3, guidance_scale=1.0).shape == (1, 12)
     plain_dict = drafted(target, prompt(), drafter, max_new_tokens=3, return_dict_in_generate=True)
     assert plain_dict.scores is None
     assert plain_dict.logits is None

@@ -37,7 +37,7 @@ class TreeGenerateOutput(GenerateDecoderOnlyOutput):
 
 _REFUSED = {
     "num_beams": 1, "penalty_alpha": None, "dola_layers": None, "constraints": None,
-    "assistant_model": None, "prompt_lookup_num_tokens": None, "guidance_scale": None,
+    "assistant_model": None, "prompt_lookup_num_tokens": None, "guidance_scale": 1,
     "cache_implementation": None, "output_attentions": False, "output_hidden_states": False,
 }  # fmt: skip
 _HINTS = {
