@@ -338,6 +338,30 @@ def test_rotary_embeddings_that_change_with_the_length_stay_exact(kind):
     assert found.tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("method", ["tree", "chain"])
+def test_a_budget_cuts_every_tree_and_keeps_the_text(target, drafter, rows, method):
+    seen = []
+
+    def budget(tree, start):
+        assert tree.log_probs == sorted(tree.log_probs, reverse=True)
+        seen.append(1 + (start * 7) % len(tree))
+        return seen[-1]
+
+    out = drafted(
+        target,
+        prompt(rows=rows),
+        drafter,
+        draft={"tree_size": 20, "method": method},
+        max_new_tokens=25,
+        budget=budget,
+        return_dict_in_generate=True,
+    )
+    assert out.sequences.tolist() == plain(target, prompt(rows=rows), max_new_tokens=25).tolist()
+    assert sorted(n for stats in out.spec_stats for n in stats.tree_sizes) == sorted(seen)
+    assert len(set(seen)) > 2
+
+
 def test_the_users_model_is_left_as_it_was(target, drafter):
     model = copy.deepcopy(target)
     model.set_attn_implementation("eager")

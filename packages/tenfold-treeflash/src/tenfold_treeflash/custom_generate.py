@@ -16,7 +16,7 @@ _SOURCE = '''"""Tree speculative decoding; needs tenfold-treeflash."""
 
 from tenfold_treeflash.custom_generate import generate  # noqa: F401
 '''
-_OWN = ("drafter", "settings", "tokenizer", "seeds", "checked", "streamer")
+_OWN = ("drafter", "settings", "tokenizer", "seeds", "checked", "streamer", "budget")
 
 
 def generate(model: Any, **arguments: Any) -> Any:

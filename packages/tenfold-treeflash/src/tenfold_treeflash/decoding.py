@@ -174,6 +174,9 @@ class SpeculativeDecoder:
         drafter: None decodes without one.
         settings: how rounds are drafted.
         watch: called with every round.
+        budget: how many of a tree's nodes the target is to see, from the tree (its likeliest
+            nodes come first) and the number of cached tokens; None shows all `tree_size`. Trees
+            of draws are not cut: their shape must not depend on them.
 
     Raises:
         ConfigError: a method that needs a drafter without one, or a larger block than it has.
@@ -185,10 +188,11 @@ class SpeculativeDecoder:
         drafter: TreeFlashDraftModel | None,
         settings: DraftSettings | None = None,
         watch: Callable[[Round], None] | None = None,
+        budget: Callable[[DraftTree, int], int] | None = None,
     ) -> None:
         self.target, self.drafter = target, drafter
         self.settings = settings or DraftSettings()
-        self.watch = watch
+        self.watch, self.budget = watch, budget
         if drafter is None:
             if self.settings.method != "none":
                 raise ConfigError(f"method {self.settings.method!r} needs a drafter")
@@ -304,7 +308,8 @@ class SpeculativeDecoder:
         size, straight = self.settings.tree_size, self.settings.method == "chain"
         tables = tables.upto(min(self.target.deepest(start), tables.depth))
         if self.settings.verification == "match" or not getattr(chooser, "sample", False):
-            return (chain if straight else build_tree)(tables, anchor, size)
+            tree = (chain if straight else build_tree)(tables, anchor, size)
+            return tree if self.budget is None else tree.first(max(self.budget(tree, start), 1))
         width = tables.tokens.shape[2]
         shape = (
             path_shape(size, tables.depth) if straight
