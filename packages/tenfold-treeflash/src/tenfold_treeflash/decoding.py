@@ -230,10 +230,15 @@ class SpeculativeDecoder:
     ) -> tuple[list[list[int]], list[DecodingStats]]:
         """Continues prompts side by side, each as `decode` would alone.
 
+        Where a pass's longest row decides how all its keys are rotated, rows run one by one.
+
         Raises:
             ConfigError: an empty prompt, or none.
         """
         _check_prompts(prompts)
+        if self.target.turns:
+            alone = [self.decode(*row) for row in zip(prompts, choosers, strict=True)]
+            return [text for text, _ in alone], [stats for _, stats in alone]
         with own_masks(self.target.model), self._reading() as features:
             return BatchDecoding(self, prompts, choosers, features).run()
 
