@@ -176,6 +176,21 @@ def test_a_mask_with_holes_hides_what_it_hides_from_the_target(target, drafter):
     )
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rows_do_not_turn_each_others_rotary_embedding(kind):
+    rope = {
+        "rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "short_factor": [1.0, 1.0],
+        "long_factor": [3.0, 7.0], "original_max_position_embeddings": 24,
+    }  # fmt: skip
+    target = llama(rope_parameters=rope, max_position_embeddings=24 if kind == "dynamic" else 96)
+    drafter = drafter_for(target, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    ids, mask = padded((20, 3, 9))
+    found = drafted(target, ids, drafter, attention_mask=mask, max_new_tokens=20)
+    for row, length in enumerate((20, 3, 9)):
+        alone = plain(target, ids[row : row + 1, -length:], max_new_tokens=20)
+        assert found[row, 20:].tolist() == alone[0, length:].tolist()
+
+
 def test_batches_that_make_no_sense_are_named(target, drafter):
     ids, mask = padded()
     with pytest.raises(ConfigError, match="row 0 hides the last token"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
 import torch
 from tenfold.errors import ConfigError
 from tenfold_treeflash.assistant import as_hf_dflash_assistant
+from tenfold_treeflash.custom_generate import write_custom_generate
 from tenfold_treeflash.generation import TreeGenerateOutput, tree_decoding
 from tenfold_treeflash.published import spec_generate
 from transformers import GPT2Config, GPT2LMHeadModel, TextIteratorStreamer
@@ -41,6 +43,7 @@ def test_scores_and_logits_are_transformers(target, drafter, sample):
         assert len(ours) == len(theirs) == 20
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert drafted(target, prompt(), drafter, max_new_tokens=3, guidance_scale=1.0).shape == (1, 12)
     plain_dict = drafted(target, prompt(), drafter, max_new_tokens=3, return_dict_in_generate=True)
     assert plain_dict.scores is None
     assert plain_dict.logits is None
@@ -195,3 +198,21 @@ def test_the_published_entry_point_names_what_it_cannot_do(target, drafter):
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             spec_generate(drafter, target, *arguments)
+
+
+def test_a_folder_for_custom_generate_is_generate(target, drafter, tmp_path, monkeypatch):
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    write_custom_generate(tmp_path / "drafter")
+    settings = {"max_new_tokens": 20, "stop_strings": "q", "tokenizer": letters()}
+    wanted, ours, theirs = plain(target, prompt(), **settings), Heard(), Heard()
+    plain(target, prompt(), streamer=theirs, **settings)
+    found = target.generate(
+        prompt(), custom_generate=str(tmp_path / "drafter"), trust_remote_code=True,
+        drafter=drafter, streamer=ours, **settings,
+    )  # fmt: skip
+    assert found.tolist() == wanted.tolist()
+    assert ours.puts == theirs.puts
+    with pytest.raises(ConfigError, match="needs a drafter"):
+        target.generate(prompt(), custom_generate=str(tmp_path / "drafter"), trust_remote_code=True)

@@ -97,6 +97,23 @@ def test_trees_and_texts_are_exact(name):
         ).tolist() == (wanted.tolist())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_thousands_of_tokens_are_the_targets_own(name):
+    """As far as the positions reach, from several prompts, one by one and side by side."""
+    model = target_of(name)
+    drafter = drafter_of(model)
+    length = 64 if name in ("gpt2", "opt", "gptj") else 120
+    ids = prompt(5, seed=9, rows=12, vocabulary=V)
+    wanted = plain(model, ids, max_length=length)
+    for size in (9, 40):
+        found = drafted(model, ids, drafter, draft={"tree_size": size}, max_length=length)
+        assert found.tolist() == wanted.tolist()
+    for row in (0, 5):
+        found = drafted(model, ids[row : row + 1], drafter, max_length=length)
+        assert found.tolist() == plain(model, ids[row : row + 1], max_length=length).tolist()
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "cohere", "granite", "gemma2"])
 def test_the_head_gives_the_models_own_logits(name):
     target, ids = Target(target_of(name)), prompt(5, vocabulary=V)

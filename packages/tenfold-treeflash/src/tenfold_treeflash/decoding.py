@@ -23,7 +23,6 @@ from tenfold.errors import ConfigError, nearest
 from torch import Tensor
 
 from tenfold_treeflash.batch_decoding import BatchDecoding
-from tenfold_treeflash.costs import CostModel
 from tenfold_treeflash.draft_cache import DraftCache
 from tenfold_treeflash.modeling import TreeFlashDraftModel
 from tenfold_treeflash.rejection import (
@@ -175,7 +174,9 @@ class SpeculativeDecoder:
         drafter: None decodes without one.
         settings: how rounds are drafted.
         watch: called with every round.
-        costs: cuts each tree to its best size; `tree_size` is then the largest.
+        budget: how many of a tree's nodes the target is to see, from the tree (its likeliest
+            nodes come first) and the number of cached tokens; None shows all `tree_size`. Trees
+            of draws are not cut: their shape must not depend on them.
 
     Raises:
         ConfigError: a method that needs a drafter without one, or a larger block than it has.
@@ -187,12 +188,11 @@ class SpeculativeDecoder:
         drafter: TreeFlashDraftModel | None,
         settings: DraftSettings | None = None,
         watch: Callable[[Round], None] | None = None,
-        costs: CostModel | None = None,
+        budget: Callable[[DraftTree, int], int] | None = None,
     ) -> None:
         self.target, self.drafter = target, drafter
-        self._costs = costs
         self.settings = settings or DraftSettings()
-        self.watch = watch
+        self.watch, self.budget = watch, budget
         if drafter is None:
             if self.settings.method != "none":
                 raise ConfigError(f"method {self.settings.method!r} needs a drafter")
@@ -230,10 +230,15 @@ class SpeculativeDecoder:
     ) -> tuple[list[list[int]], list[DecodingStats]]:
         """Continues prompts side by side, each as `decode` would alone.
 
+        Where a pass's longest row decides how all its keys are rotated, rows run one by one.
+
         Raises:
             ConfigError: an empty prompt, or none.
         """
         _check_prompts(prompts)
+        if self.target.turns:
+            alone = [self.decode(*row) for row in zip(prompts, choosers, strict=True)]
+            return [text for text, _ in alone], [stats for _, stats in alone]
         with own_masks(self.target.model), self._reading() as features:
             return BatchDecoding(self, prompts, choosers, features).run()
 
@@ -309,7 +314,7 @@ class SpeculativeDecoder:
         tables = tables.upto(min(self.target.deepest(start), tables.depth))
         if self.settings.verification == "match" or not getattr(chooser, "sample", False):
             tree = (chain if straight else build_tree)(tables, anchor, size)
-            return tree if self._costs is None else tree.first(self._costs.best(tree.log_probs))
+            return tree if self.budget is None else tree.first(max(self.budget(tree, start), 1))
         width = tables.tokens.shape[2]
         shape = (
             path_shape(size, tables.depth) if straight

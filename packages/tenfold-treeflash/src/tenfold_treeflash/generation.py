@@ -26,6 +26,7 @@ from tenfold_treeflash.choosing import ProcessedChoice, for_row
 from tenfold_treeflash.decoding import DecodingStats, DraftSettings, SpeculativeDecoder
 from tenfold_treeflash.modeling import TreeFlashDraftModel
 from tenfold_treeflash.target import Target, check_tree_attention
+from tenfold_treeflash.tree import DraftTree
 
 
 @dataclass
@@ -37,7 +38,7 @@ class TreeGenerateOutput(GenerateDecoderOnlyOutput):
 
 _REFUSED = {
     "num_beams": 1, "penalty_alpha": None, "dola_layers": None, "constraints": None,
-    "assistant_model": None, "prompt_lookup_num_tokens": None, "guidance_scale": None,
+    "assistant_model": None, "prompt_lookup_num_tokens": None, "guidance_scale": 1,
     "cache_implementation": None, "output_attentions": False, "output_hidden_states": False,
 }  # fmt: skip
 _HINTS = {
@@ -60,6 +61,7 @@ def generate(
     tokenizer: Any = None,
     seeds: Sequence[int] | None = None,
     checked: bool = False,
+    budget: Callable[[DraftTree, int], int] | None = None,
     **kwargs: Any,
 ) -> Any:
     """What `model.generate(inputs, **kwargs)` writes, in fewer passes of the model.
@@ -78,6 +80,7 @@ def generate(
         seeds: of every row's generator; None draws them from torch's own where there are several
             rows, and one row uses torch's own generator.
         checked: the target's attention is known to run trees; it is tried once per model else.
+        budget: see `SpeculativeDecoder`.
 
     Returns:
         Ids `[B, T]`, or with `return_dict_in_generate` a `TreeGenerateOutput`.
@@ -89,7 +92,7 @@ def generate(
     """
     config = kwargs.get("generation_config") or model.generation_config
     _refuse(config, kwargs, streamer, inputs)
-    decoder = _decoder(model, drafter, settings, checked)
+    decoder = _decoder(model, drafter, settings, checked, budget)
     stop_strings = kwargs.pop("stop_strings", None) or config.stop_strings
     if stop_strings is not None:
         if tokenizer is None:
@@ -119,13 +122,14 @@ def tree_decoding(
     *,
     seeds: Sequence[int] | None = None,
     checked: bool = False,
+    budget: Callable[[DraftTree, int], int] | None = None,
 ) -> Callable[..., Any]:
     """A loop for `model.generate(ids, custom_generate=tree_decoding(model, drafter))`.
 
     transformers gives such loops no streamer and no tokenizer: for streams and stop strings use
     `generate` here. Arguments and errors are those of `generate`.
     """
-    decoder = _decoder(model, drafter, settings, checked)
+    decoder = _decoder(model, drafter, settings, checked, budget)
 
     def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
         _refuse(prepared["generation_config"], {}, None, input_ids)
@@ -135,11 +139,15 @@ def tree_decoding(
 
 
 def _decoder(
-    model: Any, drafter: TreeFlashDraftModel | None, settings: DraftSettings | None, checked: bool
+    model: Any,
+    drafter: TreeFlashDraftModel | None,
+    settings: DraftSettings | None,
+    checked: bool,
+    budget: Callable[[DraftTree, int], int] | None,
 ) -> SpeculativeDecoder:
     """A decoder for a pair that has been looked at."""
     target = Target(model)
-    decoder = SpeculativeDecoder(target, drafter, settings)
+    decoder = SpeculativeDecoder(target, drafter, settings, budget=budget)
     if not checked and model not in _checked:
         check_tree_attention(target)
         _checked.add(model)

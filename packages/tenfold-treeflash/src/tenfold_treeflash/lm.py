@@ -24,6 +24,7 @@ from tenfold_treeflash.costs import CostModel, cached_costs
 from tenfold_treeflash.decoding import DecodingStats, DraftSettings, Round, SpeculativeDecoder
 from tenfold_treeflash.modeling import TreeFlashDraftModel
 from tenfold_treeflash.target import Target, check_pair
+from tenfold_treeflash.tree import DraftTree
 
 AUTO = "auto"
 LARGEST_AUTO = 64
@@ -113,12 +114,20 @@ class TreeDecoder(Delegate, GenerateMixin):
         self.rounds: list[Round] | None = None
         """Rounds are kept here while it is a list."""
         self._decoder = SpeculativeDecoder(
-            self.target, network, self.settings, watch=self._watch, costs=self.costs
+            self.target,
+            network,
+            self.settings,
+            watch=self._watch,
+            budget=None if self.costs is None else self._budget,
         )
 
     def _watch(self, round_: Round) -> None:
         if self.rounds is not None:
             self.rounds.append(round_)
+
+    def _budget(self, tree: DraftTree, start: int) -> int:
+        assert self.costs is not None
+        return self.costs.best(tree.log_probs)
 
     def _generate_batch(
         self, rows: Sequence[GenerationRow], config: GenerationConfig

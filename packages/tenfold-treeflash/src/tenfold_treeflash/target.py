@@ -102,6 +102,11 @@ class Target:
         """Width H of its states."""
         return int(architecture.text_config(self.model).hidden_size)
 
+    @property
+    def turns(self) -> bool:
+        """Whether its rotary embedding changes with the length of a pass."""
+        return self._limits[1] < architecture.UNLIMITED
+
     def deepest(self, start: int) -> int:
         """How many positions a tree may reach beyond `start`: learned position tables end, and
         some rotary embeddings compute every key of a pass by the pass's last position."""

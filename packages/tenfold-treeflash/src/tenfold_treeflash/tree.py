@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from tenfold.errors import ConfigError
 
 LEAF = -1
@@ -168,52 +169,56 @@ def build_tree(tables: TransitionTables, anchor: int, size: int) -> DraftTree:
     return tree
 
 
-def build_tree_by_levels(tables: TransitionTables, anchor: int, size: int) -> DraftTree:
-    """The same nodes, found level by level with array operations: the `size - 1` best of every
-    depth, then the best of all depths. Nodes come sorted by probability, ties to lower depths.
+def build_tree_by_levels(
+    tables: TransitionTables, anchor: int, size: int, device: str = "cpu"
+) -> DraftTree:
+    """The same nodes, found level by level with tensor operations of fixed shapes: the `size - 1`
+    best of every depth, then the best of all depths. It waits for the device once, at its end.
+
+    Nodes come sorted by probability, ties to lower depths.
+
+    Raises:
+        ConfigError: a size below 1.
     """
     if size < 1:
         raise ConfigError(f"tree_size is {size}; it must be at least 1 (the newest token itself)")
-    keep = size - 1
-    found: list[tuple[np.ndarray, ...]] = []
-    scores, rows, above = np.zeros(1), np.zeros(1, dtype=np.int64), np.full(1, -1)
-    offset = 0
-    for depth in range(tables.depth if keep else 0):
-        total = scores[:, None] + tables.log_probs[depth, rows]
-        flat = total.ravel()
-        order = np.argsort(-flat, kind="stable")[:keep]
-        order = order[np.isfinite(flat[order])]
-        if not order.size:
-            break
-        parent, rank = np.divmod(order, tables.tokens.shape[2])
-        chosen = flat[order]
-        links = tables.links[depth, rows[parent], rank]
-        found.append(
-            (
-                tables.tokens[depth, rows[parent], rank],
-                above[parent],
-                np.full(order.size, depth + 1),
-                chosen,
-            )
-        )
-        numbers = offset + np.arange(order.size)
-        offset += order.size
-        open_ = links >= 0
-        scores, rows, above = chosen[open_], links[open_], numbers[open_]
-        if not scores.size:
-            break
-    if not found:
+    keep, width = size - 1, tables.tokens.shape[2]
+    if keep == 0 or tables.depth == 0:
         return single(anchor)
-    tokens, parents, depths, log_probs = (np.concatenate(part) for part in zip(*found, strict=True))
-    best = np.lexsort((depths, -log_probs))[:keep]
-    place = np.full(len(tokens), -1)
-    place[best] = np.arange(best.size) + 1
-    return DraftTree(
-        [anchor, *tokens[best].tolist()],
-        [-1, *(place[p] if p >= 0 else 0 for p in parents[best])],
-        [0, *depths[best].tolist()],
-        [0.0, *log_probs[best].tolist()],
+    token_rows, score_rows, link_rows = (
+        torch.as_tensor(part, device=device)
+        for part in (tables.tokens, tables.log_probs, tables.links)
     )
+    scores = score_rows.new_zeros(1)
+    rows = torch.zeros(1, dtype=torch.int64, device=device)
+    numbers, offset = torch.full_like(rows, -1), 0
+    found = []
+    for depth in range(tables.depth):
+        total = (scores[:, None] + score_rows[depth, rows]).flatten()
+        order = torch.sort(total, descending=True, stable=True).indices[:keep]
+        parent, rank = order // width, order % width
+        above, best = rows[parent], total[order]
+        links = link_rows[depth, above, rank]
+        level = torch.full_like(order, depth + 1)
+        found.append((token_rows[depth, above, rank], numbers[parent], level, best))
+        numbers = offset + torch.arange(order.numel(), device=device)
+        offset += order.numel()
+        # A child without a row stays in the beam, but nothing can follow it.
+        scores, rows = best.masked_fill(links < 0, -torch.inf), links.clamp(min=0)
+    tokens, parents, depths, log_probs = (torch.cat(part) for part in zip(*found, strict=True))
+    best = torch.sort(log_probs, descending=True, stable=True).indices[:keep]
+    place = torch.full_like(parents, -1)
+    place[best] = torch.arange(1, best.numel() + 1, device=device)
+    above = torch.where(parents[best] < 0, 0, place[parents[best].clamp(min=0)])
+    columns = torch.stack([tokens[best], above, depths[best]]).tolist()
+    values = log_probs[best].tolist()
+    count = sum(value > -math.inf for value in values)
+    root = single(anchor)
+    new_tokens, new_parents, new_depths = (column[:count] for column in columns)
+    return DraftTree(
+        root.tokens + new_tokens, root.parents + new_parents, root.depths + new_depths,
+        root.log_probs + values[:count],
+    )  # fmt: skip
 
 
 def brute_force_tree(tables: TransitionTables, size: int) -> float:
