@@ -156,7 +156,7 @@ def _labels(queries: Sequence[Query]) -> list[list[int]]:
 
 
 def _save_rows(folder: Path, rows: Sequence[list[int]], labels: Sequence[list[int]]) -> None:
-    from datasets import Dataset, disable_progress_bars, enable_progress_bars  # ty: ignore[import-not-found]
+    from datasets import Dataset, disable_progress_bars, enable_progress_bars
 
     table = {"input_ids": rows, "labels": labels, "length": [len(row) for row in rows]}
     disable_progress_bars()
