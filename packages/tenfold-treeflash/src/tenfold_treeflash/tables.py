@@ -58,7 +58,8 @@ def batch_tables(
         anchors: token in slot 0 of each block.
         embedding: the target's input embeddings `[V, H]`.
         head: the target's output head.
-        top_m, top_k: M and K, cut to the vocabulary.
+        top_m: M, cut to the vocabulary.
+        top_k: K, cut to the vocabulary.
         temperature: of the drafter's distributions.
         shortlist: score corrected children among the S most likely tokens of a depth's marginal
             only; ranks children, never changes the target's answer.

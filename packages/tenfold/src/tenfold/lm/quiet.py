@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
 import transformers.utils.logging as engine_logging
+
+
+def _news(record: logging.LogRecord) -> bool:
+    """Whether a record says more than that there is no GPU."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
+
+
+# Accelerate imports DeepSpeed wherever it is installed, and that logs to stdout.
+logging.getLogger("DeepSpeed").addFilter(_news)
 
 
 @contextmanager
