@@ -149,6 +149,21 @@ def test_explain_from_the_record_equals_a_computation(call, attributed, folder):
     assert "opposes" in out
 
 
+def test_perturb_shows_the_steps_that_a_run_takes(call, attributed, folder):
+    code, out, _ = call("perturb", "run.toml", "--query", "text-00018", "--json")
+    found = json.loads(out)
+    assert code == 0
+    items = folder / attributed["run_dir"] / "items.jsonl"
+    rows = [json.loads(line) for line in items.read_text().splitlines()]
+    [item] = [row["values"] for row in rows if row["id"] == "text-00018"]
+    assert found["trace"] == item["details"]["trace"]
+    assert found["step_size"] == item["details"]["step_size"]
+    assert found["trace"]["ascent"][-1]["loss"] > found["trace"]["descent"][-1]["loss"]
+    code, out, _ = call("perturb", "run.toml", "--set", "evaluator.steps=2")
+    assert code == 0
+    assert out.count("ascent") == 3
+
+
 # --- fisher, doctor, eval -----------------------------------------------------------------------
 
 

@@ -423,6 +423,10 @@ def test_what_cannot_be_measured_on_this_corpus_is_refused(model, tmp_path):
     with pytest.raises(ConfigError, match="loo_samples is 9"):
         evaluate(Retraining, model, tmp_path, data("abcdefgh"), **{**RETRAIN, "measure": ["loo"],
                  "loo_samples": 9})  # fmt: skip
+    missing = {**RETRAIN, "methods": ["dabgo", "run:nowhere"]}
+    with pytest.raises(ConfigError, match="no run 'nowhere'"):
+        evaluate(Retraining, model, tmp_path / "c", data("abcdefgh"), **missing)
+    assert not list((tmp_path / "c").rglob("retrained"))
     with pytest.raises(ConfigError, match="no query has the column 'author'"):
         Labels(column="author").plan(FakeContext(tmp_path), data("abcdefgh"))
     with pytest.raises(ConfigError, match="no query can be scored"):

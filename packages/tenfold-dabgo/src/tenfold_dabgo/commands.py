@@ -1,4 +1,4 @@
-"""`tenfold dabgo attribute | fisher | explain | compare | doctor | eval`.
+"""`tenfold dabgo attribute | fisher | perturb | explain | compare | doctor | eval`.
 
 Each works on a SOURCE (a run file, a recipe or a run) or on paths, takes `as_json`, prints its
 result on stdout, and returns an exit code. `attribute` and `eval` are runs: they leave a record
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,46 @@ def fisher(
         print_json(facts)
     else:
         print_table(("Fisher", ""), [(k, _show(v)) for k, v in facts.items()])
+    return EXIT_OK
+
+
+def perturb(
+    source: str | None = None,
+    query: str | None = None,
+    model: str | None = None,
+    train: str | None = None,
+    queries: str | None = None,
+    set: Sequence[str] = (),
+    as_json: bool = False,
+) -> int:
+    """Takes one query's steps both ways and shows what they do; scores nothing."""
+    from tenfold_dabgo.attributor import BidirectionalAttributor
+
+    host = Host()
+    table, path = run_table(host, source, model=model, train=train, queries=queries)
+    table = evaluator_table(table, ATTRIBUTION, {"method": "dabgo"})
+    with opened(host, table, path, set, ["dabgo"]) as c:
+        chosen = _query(c, query)
+        engine = c.bench.scorer.engine(c.bench.scorer.sources[0])
+        assert isinstance(engine, BidirectionalAttributor)
+        moved = engine.perturb(chosen)
+    traces = {"ascent": moved.ascent_trace, "descent": moved.descent_trace}
+    if as_json:
+        facts = {k: getattr(moved, k) for k in ("lr", "step_size", "damping", "backtracks")}
+        steps = {name: [asdict(step) for step in trace] for name, trace in traces.items()}
+        print_json({"query": chosen.id, **facts, "warnings": moved.warnings, "trace": steps})
+        return EXIT_OK
+    for warning in moved.warnings:
+        note(f"warning: {warning}")
+    print(f"query {chosen.id}: step {moved.step_size:.4g}, damping {moved.damping:.4g}")
+    columns = ("direction", "step", "query loss", "distance", "largest change", "KL(base, now)")
+    rows = [
+        (name, s.step, f"{s.loss:.4g}", f"{s.distance:.3g}", f"{s.max_change:.3g}",
+         "" if s.kl is None else f"{s.kl:.3g}")
+        for name, trace in traces.items()
+        for s in trace
+    ]  # fmt: skip
+    print_table(columns, rows)
     return EXIT_OK
 
 

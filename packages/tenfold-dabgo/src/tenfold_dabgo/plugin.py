@@ -425,6 +425,17 @@ def tenfold_commands() -> list[CommandSpec]:
             ),
         ),
         CommandSpec(
+            "perturb",
+            "tenfold_dabgo.commands:perturb",
+            "take a query's steps both ways and show its loss, distance and KL; scores nothing",
+            (
+                _SOURCE,
+                Param("query", "str", None, "query's id; left out: the first"),
+                *_PATHS,
+                _SET,
+            ),
+        ),
+        CommandSpec(
             "explain",
             "tenfold_dabgo.commands:explain",
             "shade the tokens of one training text by their score, on the terminal or as HTML",

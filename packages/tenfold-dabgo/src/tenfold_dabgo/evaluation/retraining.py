@@ -249,6 +249,8 @@ class Retraining:
                 lab.weights = lab.removal.train(everything)
             facts = [bench.model_hash, "retrained", repr(lab.removal.recipe)]
             bench.scorer.model_hash = content_hash(facts)
+        with lab.attributed():
+            bench.scorer.prepare()  # a method that cannot be built should say so before hours pass
         return lab
 
     def _size(self, label: str, units: int) -> int:
