@@ -293,7 +293,7 @@ def test_bad_settings_are_one_clear_error(settings, words):
         convert(base_model("llama"), **settings)
 
 
-def test_bad_folders_are_one_clear_error(tmp_path):
+def test_bad_folders_are_one_clear_error(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"no config\.json"):
         convert(tmp_path / "nowhere")
     base_folder(tmp_path / "base")
@@ -303,6 +303,9 @@ def test_bad_folders_are_one_clear_error(tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         convert_folder(tmp_path / "base", tmp_path / "out")
     (tmp_path / "file").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="current folder"):
+        convert_folder(tmp_path / "base", ".")
     with pytest.raises(ConfigError, match="is a file"):
         convert_folder(tmp_path / "base", tmp_path / "file")
     (tmp_path / "base" / "config.json").write_text('{"model_type": "nonsense"}')

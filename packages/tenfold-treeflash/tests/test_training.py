@@ -322,3 +322,13 @@ def test_records_without_answers_are_refused(base, tmp_path):
 
     with pytest.raises(ConfigError, match="no record has two supervised"):
         DrafterTrainer(base, Empty(), **SETTINGS).fit(FakeContext(tmp_path), None, {})
+
+
+def test_a_half_precision_target_trains_a_drafter_and_keeps_its_gradients(base, tmp_path):
+    half = CausalLM(
+        llama(dtype=torch.bfloat16, vocab_size=len(base.tokenizer), eos_token_id=0), base.tokenizer
+    )
+    short = SETTINGS | {"steps": 2, "steps_b": 2}
+    done = DrafterTrainer(half, Texts(), **short).fit(FakeContext(tmp_path), None, {})
+    assert load_drafter(done.path).dtype == torch.float32
+    assert all(p.requires_grad for p in half.model.parameters())

@@ -174,9 +174,14 @@ class Attribution:
             if query.id not in compared:
                 continue
             try:
-                others = {name: _sound(r) for name, r in compared[query.id].items()}
-                values = self._values(ctx, model, query, _sound(result), others)
-                yield ItemResult(query.id, values)
+                own, others = _sound(result), {}
+                for name, other in compared[query.id].items():
+                    if isinstance(other, RunFailed):
+                        notes = [*own.details.get("warnings", ()), f"{name}: {other}"]
+                        own.details["warnings"] = notes
+                    else:
+                        others[name] = other
+                yield ItemResult(query.id, self._values(ctx, model, query, own, others))
             except RunFailed as error:
                 yield ItemResult(query.id, error=str(error))
 
@@ -188,14 +193,35 @@ class Attribution:
         if not isinstance(main, BidirectionalAttributor):
             yield from self._together(main, queries)
             return
-        linear: Sequence[np.ndarray | None] = [None] * len(shared)
+        linear: Sequence[np.ndarray | RunFailed | None] = [None] * len(shared)
         if self.settings.prefilter:
-            linear = list(main.first_order(shared))
+            linear = self._first_order(main, shared)
         for query, scores in zip(shared, linear, strict=True):
+            if isinstance(scores, RunFailed):
+                yield query, scores
+                continue
             try:
                 yield query, main.score(query, scores)
             except RunFailed as error:
                 yield query, error
+
+    def _first_order(
+        self, main: BidirectionalAttributor, queries: Sequence[Query]
+    ) -> list[np.ndarray | RunFailed]:
+        """First-order scores of all queries in one pass; one by one when a query spoils it for
+        the others (several processes stop together instead)."""
+        try:
+            return list(main.first_order(queries))
+        except RunFailed:
+            if not main.team.alone:
+                raise
+        found: list[np.ndarray | RunFailed] = []
+        for query in queries:
+            try:
+                found.append(main.first_order([query])[0])
+            except RunFailed as error:
+                found.append(error)
+        return found
 
     def _together(
         self, main: Attributor, queries: Sequence[Query]

@@ -88,7 +88,7 @@ def estimate_fisher(
         )
         texts = draw_texts(model, chosen, seed) if kind == "sampled" else chosen
         totals = {n: torch.zeros_like(p, requires_grad=False) for n, p in weights.items()}
-        key = _key(facts, chosen, params, token_budget, team)
+        key = _key(facts, texts, params, token_budget, device_of(model).type, team)
         partial = PartialFisher.open(_own_part(resume, team), totals, key)
         gradients = PerSampleGradients(
             model, weights, route, reduction="mean" if kind in ("sample_mean", "sampled") else "sum"
@@ -203,8 +203,14 @@ def _own_part(resume: Path | None, team: Team) -> Path | None:
 
 
 def _key(
-    facts: FisherFacts, chosen: TokenDataset, params: str, token_budget: int, team: Team
+    facts: FisherFacts,
+    texts: TokenDataset,
+    params: str,
+    token_budget: int,
+    device: str,
+    team: Team,
 ) -> str:
-    text = f"{facts}|{chosen.content_hash()}|{params}|{token_budget}|cheapest cuts"
+    """What a partial estimate belongs to; the cuts depend on the kind of device, too."""
+    text = f"{facts}|{texts.content_hash()}|{params}|{token_budget}|{device}|cheapest cuts"
     text += "" if team.alone else f"|{team}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -111,8 +111,8 @@ class AttributionResult:
         """The k most influential samples, or with `opponents` the k lowest scores.
 
         Ties go to the smaller index. Samples without a score never appear, so fewer than `k`
-        come back when the corpus is smaller. When a prefilter was used, exactly scored samples
-        come first: a first-order score never outranks an exact one.
+        come back when the corpus is smaller. When a prefilter was used, only
+        exactly scored samples count: a first-order score never outranks an exact one.
 
         Raises:
             ConfigError: k < 1, unknown direction or view.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class ShardStore:
         try:
             with np.load(self.path(number), allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile):
             return None
 
     def write(self, number: int, rows: Mapping[str, np.ndarray]) -> None:
@@ -75,8 +75,11 @@ class ShardStore:
         write_arrays(self.path(number), rows)
 
     def remove(self) -> None:
-        """Deletes the folder of a finished pass."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Deletes what a pass wrote, and its folder when nothing else is in it."""
+        for path in (*self.folder.glob("losses-*.npz"), self.folder / "key.txt"):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

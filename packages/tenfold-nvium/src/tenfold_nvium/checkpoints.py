@@ -90,6 +90,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         ConfigError: writing there would replace something.
     """
     check_new(target)
+    target = target.absolute()
     partial = target.with_name(f".{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
@@ -108,6 +109,8 @@ def check_new(target: Path) -> None:
     """Raises ConfigError when writing a folder there would replace something."""
     if target.is_file():
         raise ConfigError(f"{target} is a file; give a folder that does not exist yet")
+    if target.is_dir() and target.samefile("."):
+        raise ConfigError(f"{target} is the current folder; give a new one")
     if target.is_dir() and any(target.iterdir()):
         raise ConfigError(
             f"{target} is not empty; nothing is overwritten",

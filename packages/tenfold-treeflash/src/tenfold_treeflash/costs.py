@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -115,16 +118,22 @@ def calibrate(
     sizes: Sequence[int] = SIZES,
     repeats: int = 5,
     context: int = _CONTEXT,
+    block_size: int | None = None,
     **tables: Any,
 ) -> CostModel:
     """Measures a pair on this machine: medians over `repeats`, sizes taking turns.
 
     Args:
         sizes: trees to measure; 1 is added.
-        context: tokens before the tree.
+        context: tokens before the tree, fewer where the model has no positions for them.
+        block_size: slots that are drafted; None: the drafter's own.
         tables: further arguments of `transition_tables`.
     """
     vocabulary = target.embedding.shape[0]
+    block = block_size or drafter.config.block_size
+    wanted = sorted({1, *sizes})
+    deepest = max(_comb(max(wanted), vocabulary).depths)
+    context = max(1, min(context, target.deepest(0) - max(deepest, block)))
     ids = torch.arange(context, device=target.device) * 7 % vocabulary
     layers = drafter.config.target_layer_ids
     with own_masks(target.model), target.features(layers) as features:
@@ -132,12 +141,11 @@ def calibrate(
         target.prefill(ids, cache)
         positions = torch.arange(context, device=target.device)
         drafter.extend(draft_cache, features(), positions[None])
-        wanted = sorted({1, *sizes})
         verify: dict[int, list[float]] = {size: [] for size in wanted}
         draft: list[float] = []
         for turn in range(repeats + 1):
             started = _now(target.device)
-            hidden = drafter.draft(draft_cache, 0, target.embedding, drafter.config.block_size)
+            hidden = drafter.draft(draft_cache, 0, target.embedding, block)
             table = transition_tables(drafter, hidden, 0, target.embedding, target.head, **tables)
             build_tree(table, 0, 16)
             if turn:
@@ -152,24 +160,33 @@ def calibrate(
 
 
 def cached_costs(
-    target: Target, drafter: TreeFlashDraftModel, folder: Path | None = None, **tables: Any
+    target: Target, drafter: TreeFlashDraftModel, folder: Path | None = None, **settings: Any
 ) -> CostModel:
-    """The pair's cost model, measured once per machine, shape, number type and thread count."""
+    """The pair's cost model, measured once per machine, shape, number type and thread count;
+    `settings` are further arguments of `calibrate`."""
     facts = {
         "target": target.model.config.to_dict(),
         "drafter": drafter.config.to_dict(),
-        "device": str(target.device),
+        "device": _device_name(target.device),
         "dtype": str(next(target.model.parameters()).dtype),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "tables": tables,
+        "settings": settings,
     }
     path = (folder or user_cache() / "treeflash" / "costs") / f"{content_hash(facts)}.json"
     if path.is_file():
-        return CostModel.load(path)
-    model = calibrate(target, drafter, **tables)
+        with suppress(ConfigError):  # a broken entry is measured again
+            return CostModel.load(path)
+    model = calibrate(target, drafter, **settings)
     model.save(path)
     return model
+
+
+def _device_name(device: torch.device) -> str:
+    """What decides how fast it is: the kind of GPU, or this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device} {platform.node()} {platform.processor()} {os.cpu_count()}"
 
 
 def _comb(size: int, vocabulary: int) -> DraftTree:

@@ -91,7 +91,9 @@ def generate(
         ComponentError: the target cannot run trees.
     """
     config = kwargs.get("generation_config") or model.generation_config
-    _refuse(config, kwargs, streamer, inputs)
+    own = copy.copy(config)
+    own.cache_implementation = None
+    _refuse(own, kwargs, streamer, inputs)
     decoder = _decoder(model, drafter, settings, checked, budget)
     stop_strings = kwargs.pop("stop_strings", None) or config.stop_strings
     if stop_strings is not None:
@@ -109,7 +111,17 @@ def generate(
                 "to generate instead"
             )
 
+    if kwargs.get("cache_implementation") is None and config.cache_implementation is not None:
+        # The model's own default; the loop has a cache of its own.
+        config = copy.deepcopy(config)
+        config.cache_implementation = None
+        kwargs["generation_config"] = config
+
     def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
+        # Again: what the caller's configuration leaves open comes from the model's.
+        settled = copy.copy(prepared["generation_config"])
+        settled.cache_implementation = None
+        _refuse(settled, {}, None, None)
         return _decode(decoder, input_ids, streamer, seeds, **prepared)
 
     return model.generate(inputs, custom_generate=loop, **kwargs)

@@ -14,6 +14,7 @@ import torch
 from tenfold.capabilities import Delegate
 from tenfold.errors import ConfigError
 from tenfold.lm.generation import GenerateMixin
+from tenfold.lm.model import CausalLM
 from tenfold.lm.sampling import GeneratedRow, GenerationControls, GenerationRow
 from tenfold.lm.weights import hash_tensors
 from tenfold.records import GenerationConfig
@@ -64,7 +65,7 @@ class TreeDecoder(Delegate, GenerateMixin):
         base: the model; what it writes is what this writes.
         drafter: its drafter; None decodes the same loop without one.
         method: `tree`, `marginal` or `chain`.
-        tree_size: nodes per round, or `auto` for the best number by measured cost.
+        tree_size: nodes per round; None, or `auto`: the best number by measured cost.
         top_m, top_k, temperature, shortlist, block_size: see `DraftSettings`.
 
     Raises:
@@ -77,34 +78,31 @@ class TreeDecoder(Delegate, GenerateMixin):
         base: Any,
         drafter: Drafter | None,
         method: str = "tree",
-        tree_size: int | str = AUTO,
+        tree_size: int | str | None = None,
         top_m: int = 16,
         top_k: int = 16,
         temperature: float = 1.0,
         shortlist: int | None = None,
         block_size: int | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
     ) -> None:
         super().__init__(base)
-        if not isinstance(base, GenerateMixin) or not hasattr(base, "module"):
-            raise ConfigError(
-                f"{type(base).__name__} has no weights here to decode with; the base must be a "
-                "local language model such as core:hf or core:tiny-lm"
-            )
+        _check_base(base)
         self.batch_tokens, self._eos_ids = base.batch_tokens, base._eos_ids
         self.drafter = drafter
         network = None if drafter is None else drafter.network
         self.target = Target(base.module())
         if network is not None:
-            network.to(self.target.device)
+            network.to(device=self.target.device, dtype=self.target.dtype)
         check_pair(self.target, network)
         self.method = method if network is not None else "none"
         self.costs: CostModel | None = None
         size = _tree_size(tree_size)
         if size is None and network is not None and self.method != "chain":
-            tables: dict[str, Any] = {"top_m": top_m, "top_k": top_k, "shortlist": shortlist}
-            self.costs = cached_costs(self.target, network, **tables)
+            tables: dict[str, Any] = {
+                "top_m": top_m, "top_k": top_k, "shortlist": shortlist,
+                "marginal": self.method == "marginal",
+            }  # fmt: skip
+            self.costs = cached_costs(self.target, network, block_size=block_size, **tables)
         if size is None:
             size = LARGEST_AUTO
         self.settings = DraftSettings(
@@ -164,7 +162,9 @@ class _ControlledChoice:
     def choose(self, ids: list[int], logits: torch.Tensor) -> int:
         """See `Chooser`."""
         text: Any = torch.tensor([ids], device=self._device)
-        scores: Any = self._controls.processors(text, logits[None].to(copy=True))
+        scores: Any = self._controls.processors(
+            text, logits[None].to(copy=True, dtype=torch.float32)
+        )
         return int(scores.argmax(-1))
 
     def ends(self, ids: list[int]) -> bool:
@@ -175,13 +175,33 @@ class _ControlledChoice:
 
 
 def _plain(stats: DecodingStats) -> dict[str, Any]:
-    """What a completion tells of its rounds: nothing that a clock decides."""
+    """What a completion tells of its rounds. Automatic tree sizes follow measured times, so
+    these numbers may differ between machines; texts do not."""
     return {"rounds": stats.rounds, "accepted": list(stats.accepted)}
 
 
-def _tree_size(value: int | str) -> int | None:
+def _check_base(base: Any) -> None:
+    """Raises ConfigError for a base that this loop would not decode as the base does itself."""
+    if not isinstance(base, GenerateMixin) or not hasattr(base, "module"):
+        raise ConfigError(
+            f"{type(base).__name__} has no weights here to decode with; the base must be a "
+            "local language model such as core:hf or core:tiny-lm"
+        )
+    kind = type(base)
+    plain = all(
+        getattr(kind, name) is getattr(CausalLM, name)
+        for name in ("_generate_batch", "_generate_rows")
+    )
+    if not plain:
+        raise ConfigError(
+            f"{kind.__name__} decodes in a way of its own, which trees would not reproduce; the "
+            "base must be a plain language model such as core:hf or core:tiny-lm"
+        )
+
+
+def _tree_size(value: int | str | None) -> int | None:
     """A number, or None for `auto`."""
-    if value == AUTO:
+    if value is None or value == AUTO:
         return None
     try:
         return int(value)

@@ -139,6 +139,7 @@ class DraftObjective:
         table = self.target.embedding
         device = features.device
         network = getattr(drafter, "module", drafter)
+        kind = network.dtype
         anchors = blocks.tokens[..., 0]
         context = torch.arange(length, device=device).expand(rows, -1)
         positions = torch.cat([context, blocks.positions.flatten(1)], dim=1)
@@ -146,10 +147,10 @@ class DraftObjective:
         if self.settings.phase != "dflash" and network.looks_back:
             previous = self._previous(blocks, table, network.looks_back, config)
         states = drafter(
-            network.block_input(anchors, table, size).flatten(1, 2),
-            features,
+            network.block_input(anchors, table, size).flatten(1, 2).to(kind),
+            features.to(kind),
             positions,
-            prev_token_embds=previous,
+            prev_token_embds=None if previous is None else previous.to(kind),
             attention_mask=blocks.mask(length),
             with_marginal=previous is not None,
         )
@@ -212,7 +213,11 @@ class DraftObjective:
     ) -> Tensor:
         """Weighted sums over a chunk: KL of the corrected, CE and KL of the marginal, weighted
         shares of slots whose best token is the true one."""
-        head, zero = self.target.head, weight.new_zeros(())
+        zero, kind = weight.new_zeros(()), states.dtype
+
+        def head(x: Tensor) -> Tensor:
+            return self.target.head(x.to(kind))
+
         q = head(marginal).float().log_softmax(-1)
         nll = -(q.gather(-1, truth[:, None])[:, 0] * weight).sum()
         hit = ((q.argmax(-1) == truth) * weight).sum()

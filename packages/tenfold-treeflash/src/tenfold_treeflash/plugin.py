@@ -40,10 +40,10 @@ def tenfold_plugin() -> PluginInfo:
 def _decoder(name: str, target: str, summary: str, *, tree: bool = True) -> ComponentSpec:
     """A decoder; `auto` sizes are for trees."""
     size = Param(
-        "tree_size", "str", "auto",
-        "nodes that the model sees per round, the newest token included; auto: by measured cost"
-        if tree else "tokens that the model sees per round; auto: the whole block",
-        identity=False,
+        "tree_size", "int", None,
+        "nodes that the model sees per round, the newest token included; left out: by measured cost"
+        if tree else "tokens that the model sees per round; left out: the whole block",
+        minimum=1, identity=False,
     )  # fmt: skip
     return ComponentSpec(
         name,
@@ -54,7 +54,6 @@ def _decoder(name: str, target: str, summary: str, *, tree: bool = True) -> Comp
             Param("drafter", "component:model", help="its drafter (treeflash:drafter)"),
             size,
             *_SEARCH,
-            *_DEVICE,
         ),
         provides=("generate",),
         requires={"base": _BASE},
@@ -111,7 +110,8 @@ def tenfold_trainers() -> list[ComponentSpec]:
                 Param("target", "component:model", help="the model to draft for; stays as it is"),
                 Param("dataset", "component:dataset",
                       help="what it writes (samples), prompts with references, or texts"),
-                Param("init", "path", None, "drafter checkpoint to begin with"),
+                Param("init", "path", None, "drafter checkpoint to begin with; its shape counts, "
+                      "not layers, block_size, num_features and mask"),
                 Param("phase", "str", "both", "dflash: marginals; treeflash: corrections; both in "
                       "turn; joint: both at once",
                       choices=("both", "dflash", "treeflash", "joint")),
@@ -149,7 +149,6 @@ def tenfold_trainers() -> list[ComponentSpec]:
                       identity=False),
                 Param("bf16", "bool", None, "compute in bfloat16; default: where it is fast"),
                 Param("seed", "int", None, "seed of weights and order; default: the run's"),
-                *_DEVICE,
             ),
             requires={"target": ("grad", "tokenize")},
             data={"dataset": ("sample", "prompt", "text")},

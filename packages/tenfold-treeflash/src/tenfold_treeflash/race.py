@@ -18,6 +18,7 @@ import torch
 from tenfold.capabilities import Context, Dataset
 from tenfold.errors import ConfigError
 from tenfold.records import GenerationConfig, ItemResult, Metric, Metrics, WorkItem, WorkItems
+from tenfold.seeds import derive
 from tenfold.stats import bootstrap, median
 
 from tenfold_treeflash.lm import TreeDecoder
@@ -90,9 +91,15 @@ class Race:
             raise ConfigError(
                 f"baseline is {self.baseline!r}, but the run's models are {', '.join(models)}"
             )
+        first = models[self.baseline]
+        if not all(hasattr(first, name) for name in ("prompt_ids", "context_length")):
+            raise ConfigError(
+                f"the baseline {self.baseline!r} is a {type(first).__name__}, which reads no token "
+                "ids; it must be a local language model such as core:hf"
+            )
         seed = ctx.seed if self.seed is None else self.seed
         contenders = self._contenders(models)
-        for number, item in enumerate(items):
+        for item in items:
             record, temperature = item.payload
             base: Any = models[self.baseline]
             text = getattr(record, "prompt", None) or getattr(record, "text", "")
@@ -103,7 +110,7 @@ class Race:
                 continue
             config = GenerationConfig(
                 max_new_tokens=min(self.max_new_tokens, room), temperature=temperature,
-                seed=seed + number,
+                seed=derive(seed, item.id),
             )  # fmt: skip
             yield ItemResult(
                 item.id,

@@ -8,7 +8,8 @@ drafter has to foresee the target and nobody else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tenfold_treeflash.checkpoints import load_drafter
+from tenfold_treeflash.checkpoints import load_drafter, read_config
 from tenfold_treeflash.configuration import TreeFlashConfig, for_target
 from tenfold_treeflash.mask_token import find_mask_token
 from tenfold_treeflash.modeling import TreeFlashDraftModel
@@ -74,6 +75,18 @@ class _PhaseContext(Delegate):
         self.work_dir.mkdir(parents=True, exist_ok=True)
 
 
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """No gradients for a model's weights while the block runs."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+
 class DrafterTrainer:
     """Trains a drafter; parameters are described by the plugin.
 
@@ -110,8 +123,6 @@ class DrafterTrainer:
         save_steps: int = 0,
         bf16: bool | None = None,
         seed: int | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
     ) -> None:
         if phase not in PHASES:
             raise ConfigError(f"phase is {phase!r}; known: {', '.join(PHASES)}")
@@ -146,7 +157,10 @@ class DrafterTrainer:
         """
         seed = ctx.seed if self.seed is None else self.seed
         target = Target(self.base.module())
-        target.model.requires_grad_(False)
+        with _frozen(target.model):
+            return self._fit(ctx, target, seed)
+
+    def _fit(self, ctx: Context, target: Target, seed: int) -> Checkpoint:
         with ctx.progress("preparing rows", None, "") as bar:
             rows, held_out = self._rows(seed)
             bar.advance(len(rows))
@@ -223,9 +237,12 @@ class DrafterTrainer:
 
     def _drafter(self, target: Target, seed: int) -> TreeFlashDraftModel:
         if self.init is not None:
-            return load_drafter(
-                self.init, ar_approximation=str(self.shape["ar_approximation"])
-            ).float()
+            kind = read_config(self.init).ar_approximation
+            new = None if kind is not None else str(self.shape["ar_approximation"])
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                drafter = load_drafter(self.init, dtype="float32", ar_approximation=new)
+            return drafter.to(target.device)
         config: TreeFlashConfig = for_target(
             target.model.config,
             mask_token_id=find_mask_token(target, self.base, self.mask),

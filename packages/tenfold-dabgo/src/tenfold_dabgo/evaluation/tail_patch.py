@@ -75,7 +75,7 @@ class PatchEffect:
         return cls(
             log_p=log_p,
             d_log_p=float(np.mean(changes)),
-            d_p=float(np.mean([math.exp(log_p) * r for r in relative])),
+            d_p=float(np.mean([math.exp(log_p + float(d)) - math.exp(log_p) for d in changes])),
             percent=100 * float(np.mean(relative)),
             relative_percent=100 * float(np.mean(np.abs(relative))),
         )
@@ -83,7 +83,7 @@ class PatchEffect:
 
 def relative_change(d_log_p: float) -> float:
     """(P' - P) / P from the change of log P; infinite where the exponential overflows."""
-    return math.expm1(d_log_p) if d_log_p < 700 else math.inf
+    return math.inf if d_log_p >= 700 else math.expm1(d_log_p)
 
 
 @torch.no_grad()
