@@ -10,25 +10,20 @@ import torch
 from tenfold.builtin.hf import load as load_base
 from tenfold.cli.output import note, print_json, print_table
 from tenfold.errors import EXIT_OK, EXIT_RUN_FAILED, ConfigError
-from tenfold.lm.model import CausalLM
 from tenfold.records import GenerationConfig
 
 from tenfold_treeflash.costs import calibrate as measure
 from tenfold_treeflash.drawing import tree_text
-from tenfold_treeflash.lm import Drafter, TreeDecoder
+from tenfold_treeflash.lm import TreeDecoder
 from tenfold_treeflash.lm import load as load_checkpoint
 from tenfold_treeflash.modeling import parameter_count
 from tenfold_treeflash.target import Target, check_pair
 
 
 def _pair(target: str, drafter: str, method: str, tree_size: str) -> TreeDecoder:
-    base = _base(target)
-    network: Drafter = load_checkpoint(drafter)
-    return TreeDecoder(base, network, method=method, tree_size=tree_size)
-
-
-def _base(target: str) -> CausalLM:
-    return load_base(target)
+    return TreeDecoder(
+        load_base(target), load_checkpoint(drafter), method=method, tree_size=tree_size
+    )
 
 
 def _prompt(prompt: str) -> str:
@@ -170,7 +165,7 @@ def _compared(
 
 def calibrate(target: str, drafter: str, out: str | None = None, as_json: bool = False) -> int:
     """Measures rounds of each size."""
-    pair = Target(_base(target).module())
+    pair = Target(load_base(target).module())
     network = load_checkpoint(drafter).network
     check_pair(pair, network)
     costs = measure(pair, network)
@@ -202,7 +197,7 @@ def info(drafter: str, target: str | None = None, as_json: bool = False) -> int:
     }
     if target is not None:
         try:
-            check_pair(Target(_base(target).module()), network)
+            check_pair(Target(load_base(target).module()), network)
         except ConfigError as error:
             facts["fits the model"] = f"no: {error}"
         else:

@@ -18,7 +18,6 @@ from tenfold.lm.model import CausalLM
 from tenfold.lm.sampling import GeneratedRow, GenerationControls, GenerationRow
 from tenfold.lm.weights import hash_tensors
 from tenfold.records import GenerationConfig
-from tenfold.seeds import content_hash
 
 from tenfold_treeflash.checkpoints import load_drafter
 from tenfold_treeflash.costs import CostModel, cached_costs
@@ -145,11 +144,6 @@ class TreeDecoder(Delegate, GenerateMixin):
     def fingerprint(self) -> str:
         """The base's: drafters change how fast it writes, never what."""
         return self.base.fingerprint()
-
-    def drafting_fingerprint(self) -> str:
-        """Content hash of base, drafter and settings."""
-        drafter = None if self.drafter is None else self.drafter.fingerprint()
-        return content_hash([self.base.fingerprint(), drafter, repr(self.settings)])
 
 
 class _ControlledChoice:
