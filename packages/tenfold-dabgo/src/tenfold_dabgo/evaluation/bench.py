@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tenfold.capabilities import Context, Dataset
-from tenfold.errors import ConfigError
-from tenfold.records import Record
+from tenfold.errors import ConfigError, RunFailed
+from tenfold.records import ItemResult, Record
 
 from tenfold_dabgo import describe
 from tenfold_dabgo.corpus import TokenDataset
@@ -119,6 +119,18 @@ def prepare(
         hash=dataset.content_hash(),
     )
     return Bench(model, model_hash, dataset, queries, errors, scorer)
+
+
+def query_result(
+    bench: Bench, item: str, query: str, values: Callable[[Query], dict[str, Any]]
+) -> ItemResult:
+    """An item's values for one query; a query that cannot be scored fails alone."""
+    if query in bench.errors:
+        return ItemResult(item, error=bench.errors[query])
+    try:
+        return ItemResult(item, values(bench.queries[query]))
+    except RunFailed as error:
+        return ItemResult(item, error=str(error))
 
 
 def numbers(values: Iterable[float] | np.ndarray, digits: int = 10) -> list[float | None]:

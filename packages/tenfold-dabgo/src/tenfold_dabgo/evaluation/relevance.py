@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,14 @@ from tenfold.seeds import content_hash
 
 from tenfold_dabgo import describe
 from tenfold_dabgo.evaluation import labels
-from tenfold_dabgo.evaluation.bench import Bench, load_records, prepare, split_settings, top_indices
+from tenfold_dabgo.evaluation.bench import (
+    Bench,
+    load_records,
+    prepare,
+    query_result,
+    split_settings,
+    top_indices,
+)
 from tenfold_dabgo.evaluation.null import NULLS, NullScores, histogram
 from tenfold_dabgo.evaluation.ranking import Comparison, Measure, group_of
 from tenfold_dabgo.evaluation.retrain import fresh_weights
@@ -115,13 +123,7 @@ class Labels:
         model = models["model"]
         for item in items:
             desk = self._prepare(ctx, model)
-            if item.id in desk.bench.errors:
-                yield ItemResult(item.id, error=desk.bench.errors[item.id])
-                continue
-            try:
-                yield ItemResult(item.id, self._values(desk, desk.bench.queries[item.id]))
-            except RunFailed as error:
-                yield ItemResult(item.id, error=str(error))
+            yield query_result(desk.bench, item.id, item.id, partial(self._values, desk))
 
     # --- Preparation --------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,14 @@ from tenfold.records import ItemResult, Metrics, Record, WorkItem, WorkItems
 from tenfold.seeds import content_hash, derive
 
 from tenfold_dabgo import describe
-from tenfold_dabgo.evaluation.bench import Bench, load_records, numbers, prepare, split_settings
+from tenfold_dabgo.evaluation.bench import (
+    Bench,
+    load_records,
+    numbers,
+    prepare,
+    query_result,
+    split_settings,
+)
 from tenfold_dabgo.evaluation.removal import random_units, remaining, top_units, units_of
 from tenfold_dabgo.evaluation.retrain import Recipe, Retrainer, half_subsets
 from tenfold_dabgo.evaluation.sources import parse_sources
@@ -200,15 +208,8 @@ class Retraining:
             kind, _, rest = item.id.partition("/")
             if kind != "query":
                 yield ItemResult(item.id, self._shared(lab, kind, rest))
-            elif rest in lab.bench.errors:
-                yield ItemResult(item.id, error=lab.bench.errors[rest])
             else:
-                try:
-                    values = self._query(ctx, lab, lab.bench.queries[rest])
-                except RunFailed as error:
-                    yield ItemResult(item.id, error=str(error))
-                else:
-                    yield ItemResult(item.id, values)
+                yield query_result(lab.bench, item.id, rest, partial(self._query, ctx, lab))
 
     # --- Preparation --------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,14 @@ from tenfold.records import ItemResult, Metrics, Record, WorkItem, WorkItems
 from tenfold.seeds import derive
 
 from tenfold_dabgo import describe
-from tenfold_dabgo.evaluation.bench import Bench, load_records, prepare, split_settings, top_indices
+from tenfold_dabgo.evaluation.bench import (
+    Bench,
+    load_records,
+    prepare,
+    query_result,
+    split_settings,
+    top_indices,
+)
 from tenfold_dabgo.evaluation.ranking import Comparison, Measure
 from tenfold_dabgo.evaluation.sources import parse_sources
 from tenfold_dabgo.evaluation.tail_patch import (
@@ -107,13 +115,7 @@ class TailPatch:
         model = models["model"]
         for item in items:
             bench = self._prepare(ctx, model)
-            if item.id in bench.errors:
-                yield ItemResult(item.id, error=bench.errors[item.id])
-                continue
-            try:
-                yield ItemResult(item.id, self._values(ctx, bench, bench.queries[item.id]))
-            except RunFailed as error:
-                yield ItemResult(item.id, error=str(error))
+            yield query_result(bench, item.id, item.id, partial(self._values, ctx, bench))
 
     def _prepare(self, ctx: Context, model: Any) -> Bench:
         if self._bench is None or self._bench[0] is not model:
