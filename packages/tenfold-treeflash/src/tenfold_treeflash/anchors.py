@@ -74,7 +74,11 @@ def make_blocks(ids: Tensor, labels: Tensor, count: int, size: int, seeds: list[
         sample_anchors(row, count, derive(seed, "anchors"))
         for row, seed in zip(labels, seeds, strict=True)
     ]
-    anchors = torch.stack(rows).to(ids.device)
+    return blocks_at(ids, labels, torch.stack(rows).to(ids.device), size)
+
+
+def blocks_at(ids: Tensor, labels: Tensor, anchors: Tensor, size: int) -> Blocks:
+    """Blocks of `size` slots at given `anchors [B, N]` (-1: none) of a batch `[B, S]`."""
     present = anchors >= 0
     anchors = anchors.clamp_min(0)
     length = ids.shape[1]
