@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tenfold import CommandSpec, ComponentSpec, Param, PluginInfo, hookimpl
 
+from tenfold_treeflash import describe
+
 _EXTRAS = ("tenfold-treeflash",)
 _HEAVY = ("torch", "transformers")
 _BASE = ("generate", "grad", "tokenize")
@@ -96,6 +98,12 @@ def tenfold_models() -> list[ComponentSpec]:
             extras=_EXTRAS,
         ),
     ]
+
+
+@hookimpl
+def tenfold_datasets() -> list[ComponentSpec]:
+    """Prompts to race on."""
+    return describe.DATASETS
 
 
 @hookimpl
