@@ -320,7 +320,7 @@ def test_records_without_answers_are_refused(base, tmp_path):
         def load(self, split="", limit=None, shuffle_seed=None):
             yield SampleRecord(id="1", prompt="a", completion="")
 
-    with pytest.raises(ConfigError, match="no record has two supervised"):
+    with pytest.raises(ConfigError, match="none of 1 records has two supervised"):
         DrafterTrainer(base, Empty(), **SETTINGS).fit(FakeContext(tmp_path), None, {})
 
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tenfold.errors import ConfigError
-from tenfold.lm import architecture
 from tenfold.seeds import derive
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tenfold_treeflash.anchors import Blocks, make_blocks
+from tenfold_treeflash.features import FeatureStore, read_features
 from tenfold_treeflash.target import Target
 
 Head = Callable[[Tensor], Tensor]
@@ -95,21 +95,37 @@ class DraftObjective:
     row), so they do not depend on processes, accumulation or interruptions.
     """
 
-    def __init__(self, target: Target, settings: ObjectiveSettings) -> None:
+    def __init__(
+        self,
+        target: Target,
+        settings: ObjectiveSettings,
+        stores: tuple[FeatureStore | None, FeatureStore | None] = (None, None),
+    ) -> None:
         self.target, self.settings = target, settings
+        self.stores = stores
+        """Stored features of training and of held-out rows; None runs the target."""
         self.step = 0
 
     def __call__(
         self, drafter: Any, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
         """The batch's weighted mean over scored slots, and values to log."""
-        config = getattr(drafter, "module", drafter).config
+        # Not the wrapper's own flag: DeepSpeed's engine says it trains while its module does not.
+        network = getattr(drafter, "module", drafter)
+        config, training = network.config, network.training
         ids, labels = batch["input_ids"], batch["labels"]
-        step = self.step if drafter.training else -1
+        step = self.step if training else -1
         rows = batch["row"].tolist() if "row" in batch else list(range(len(ids)))
         seeds = [derive(self.settings.seed, step, row) for row in rows]
         blocks = make_blocks(ids, labels, self.settings.anchors, config.block_size, seeds)
-        states, marginal, corrected = self.states(drafter, ids, batch.get("attention_mask"), blocks)
+        store = self.stores[0 if training else 1]
+        if store is None:
+            states, features = read_features(
+                self.target, ids, config.target_layer_ids, batch.get("attention_mask")
+            )
+        else:
+            states, features = store.batch(rows, ids.shape[1], ids.device)
+        marginal, corrected = self._draft(drafter, config, blocks, features)
         return self._loss(config, blocks, states, marginal, corrected)
 
     def states(
@@ -118,17 +134,8 @@ class DraftObjective:
         """What goes into the head: the target's states `[B, S, H]`, and the blocks' marginal and
         corrected ones `[B, N, T, H]`."""
         config = getattr(drafter, "module", drafter).config
-        states, features = self._read(ids, mask, config.target_layer_ids)
+        states, features = read_features(self.target, ids, config.target_layer_ids, mask)
         return states, *self._draft(drafter, config, blocks, features)
-
-    @torch.no_grad()
-    def _read(self, ids: Tensor, mask: Tensor | None, layers: list[int]) -> tuple[Tensor, Tensor]:
-        """The target's states before its head `[B, S, H]`, and its features `[B, S, F H]`."""
-        model = self.target.model
-        arguments = {} if mask is None else {"attention_mask": mask}
-        with architecture.block_states(model, {i + 1 for i in layers}) as seen:
-            output = architecture.decoder(model)(input_ids=ids, use_cache=False, **arguments)
-        return output[0], torch.cat([seen[i + 1] for i in layers], dim=-1)
 
     def _draft(
         self, drafter: Any, config: Any, blocks: Blocks, features: Tensor

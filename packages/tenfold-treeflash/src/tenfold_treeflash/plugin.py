@@ -156,6 +156,10 @@ def tenfold_trainers() -> list[ComponentSpec]:
                 Param("save_steps", "int", 0, "steps between resumable states", minimum=0,
                       identity=False),
                 Param("bf16", "bool", None, "compute in bfloat16; default: where it is fast"),
+                Param("features", "str", "online", "run the model in every step, or store what it "
+                      "says of every row once", choices=("online", "stored"), identity=False),
+                Param("features_folder", "path", None, "where to store it; default: with the run",
+                      identity=False),
                 Param("seed", "int", None, "seed of weights and order; default: the run's"),
             ),
             requires={"target": ("grad", "tokenize")},

@@ -16,30 +16,35 @@ from typing import Any
 import torch
 from tenfold.capabilities import Context, Dataset, Delegate
 from tenfold.errors import ConfigError
-from tenfold.lm.packing import AnswerRows, PackedRows, pack_tokens
+from tenfold.lm.packing import PackedRows, pack_tokens
 from tenfold.lm.plan import TrainingPlan
 from tenfold.lm.precision import native_bf16
 from tenfold.lm.prompts import continuation_ids, prompt_ids
 from tenfold.lm.training import fit_causal_lm
 from tenfold.records import Checkpoint, Metric
+from tenfold.scale import process
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tenfold_treeflash.checkpoints import load_drafter, read_config
 from tenfold_treeflash.configuration import TreeFlashConfig, for_target
+from tenfold_treeflash.features import FeatureStore, store_features
 from tenfold_treeflash.mask_token import find_mask_token
 from tenfold_treeflash.modeling import TreeFlashDraftModel
 from tenfold_treeflash.objective import DraftObjective, ObjectiveSettings
+from tenfold_treeflash.rows import TokenRows
 from tenfold_treeflash.target import Target
+from tenfold_treeflash.training_rows import LOSS_MASK
 
 PHASES = ("both", "dflash", "treeflash", "joint")
+FEATURES = ("online", "stored")
 
 
 class NumberedRows(TorchDataset):
     """Rows that know their number (`row`, int64), which their anchors depend on."""
 
-    def __init__(self, rows: PackedRows | AnswerRows) -> None:
+    def __init__(self, rows: PackedRows | TokenRows) -> None:
         self._rows = rows
 
     def __len__(self) -> int:
@@ -122,6 +127,8 @@ class DrafterTrainer:
         gradient_accumulation: int = 1,
         save_steps: int = 0,
         bf16: bool | None = None,
+        features: str = "online",
+        features_folder: str | None = None,
         seed: int | None = None,
     ) -> None:
         if phase not in PHASES:
@@ -131,6 +138,10 @@ class DrafterTrainer:
                 "phase treeflash starts from a trained backbone: give init (a checkpoint folder), "
                 "or use phase both"
             )
+        if features not in FEATURES:
+            raise ConfigError(f"features is {features!r}; known: {', '.join(FEATURES)}")
+        if features_folder is not None and features == "online":
+            raise ConfigError("features_folder is given, but features = 'online' stores none")
         if context_length < 4:
             raise ConfigError(f"context_length is {context_length}; it must be at least 4")
         self.base, self.dataset, self.init, self.phase = target, dataset, init, phase
@@ -146,6 +157,8 @@ class DrafterTrainer:
         self.marginal_loss, self.marginal_weight = marginal_loss, marginal_weight
         self.eval_rows, self.gradient_accumulation = eval_rows, gradient_accumulation
         self.save_steps, self.bf16, self.seed = save_steps, bf16, seed
+        self.features = features
+        self.features_folder = None if features_folder is None else Path(features_folder)
         for name in self._phases():
             self._settings(name, 0)
 
@@ -164,15 +177,20 @@ class DrafterTrainer:
         with ctx.progress("preparing rows", None, "") as bar:
             rows, held_out = self._rows(seed)
             bar.advance(len(rows))
+        skipped = getattr(rows, "skipped", 0)
+        if skipped:
+            ctx.log("rows without two supervised tokens in a row are left out", skipped=skipped)
         drafter = self._drafter(target, seed)
         target.check_drafter(drafter.config)
+        stores = self._stores(ctx, target, drafter.config.target_layer_ids, (rows, held_out))
         metrics: list[Metric] = []
         checkpoint: Checkpoint | None = None
         phases = self._phases()
         for number, phase in enumerate(phases):
             last = number + 1 == len(phases)
             own: Any = ctx if last else _PhaseContext(ctx, f"phase-{phase}")
-            checkpoint = self._train(own, phase, number, drafter, target, rows, held_out, seed)
+            objective = DraftObjective(target, self._settings(phase, seed), stores)
+            checkpoint = self._train(own, phase, number, drafter, objective, rows, held_out, seed)
             if not last:
                 # Read back, so that a resumed training begins with the very same object.
                 drafter = load_drafter(checkpoint.path).to(target.device)
@@ -183,7 +201,12 @@ class DrafterTrainer:
             ]
         assert checkpoint is not None
         size = sum(p.numel() for p in drafter.parameters())
-        return Checkpoint(checkpoint.path, [*metrics, Metric("parameters", float(size), 1)])
+        metrics += [
+            Metric("parameters", float(size), 1),
+            Metric("rows", float(len(rows)), 1),
+            Metric("skipped_rows", float(skipped), 1),
+        ]
+        return Checkpoint(checkpoint.path, metrics)
 
     def _train(
         self,
@@ -191,7 +214,7 @@ class DrafterTrainer:
         phase: str,
         number: int,
         drafter: TreeFlashDraftModel,
-        target: Target,
+        objective: DraftObjective,
         rows: Any,
         held_out: Any,
         seed: int,
@@ -200,7 +223,6 @@ class DrafterTrainer:
         for name, parameter in drafter.named_parameters():
             own = name.startswith("ar_approximation.")
             parameter.requires_grad_(phase != "dflash" if own else backbone)
-        objective = DraftObjective(target, self._settings(phase, seed))
         index = min(number, 1) if self.phase == "both" else int(phase == "treeflash")
         plan = TrainingPlan(
             steps=self.steps[index],
@@ -220,6 +242,26 @@ class DrafterTrainer:
             callbacks=[StepCallback(objective)],
             eval_dataset=None if held_out is None else NumberedRows(held_out),
         )  # fmt: skip
+
+    def _stores(
+        self, ctx: Context, target: Target, layers: list[int], parts: tuple[Any, Any]
+    ) -> tuple[FeatureStore | None, FeatureStore | None]:
+        """Stored features of training and held-out rows, where they are wanted."""
+        if self.features == "online":
+            return None, None
+        if ctx.world_size > 1:
+            process.init_process_group(ctx.device)
+        folder = self.features_folder or Path(ctx.work_dir) / "features"
+        stores: list[FeatureStore | None] = []
+        total = sum(len(part) for part in parts if part is not None)
+        with ctx.progress("storing features", total, "rows") as bar:
+            for name, part in zip(("train", "held-out"), parts, strict=True):
+                stores.append(
+                    None
+                    if part is None
+                    else store_features(target, part, layers, folder / name, advance=bar.advance)
+                )
+        return stores[0], stores[1]
 
     def _phases(self) -> list[str]:
         return ["dflash", "treeflash"] if self.phase == "both" else [self.phase]
@@ -263,22 +305,28 @@ class DrafterTrainer:
         count = min(self.eval_rows, len(rows) // 10)
         return rows.split(count, seed) if count else (rows, None)
 
-    def _make_rows(self, records: Iterable[Any]) -> PackedRows | AnswerRows:
+    def _make_rows(self, records: Iterable[Any]) -> PackedRows | TokenRows:
         if self.dataset.kind == "text":
             texts = (record.text for record in records)
             return pack_tokens(texts, self.base.tokenizer, self.context_length)
-        rows = [row for record in records if (row := self._answer(record)) is not None]
-        if not rows:
+        rows = TokenRows()
+        for record in records:
+            rows.add(*self._supervised(record))
+        if not len(rows):
             raise ConfigError(
-                "no record has two supervised tokens in a row; the dataset needs prompts with "
-                "references, samples, or texts"
+                f"none of {rows.skipped} records has two supervised tokens in a row (and a token "
+                "before them); the dataset needs prompts with references, samples, or texts"
             )
-        return AnswerRows(rows)
+        return rows
 
-    def _answer(self, record: Any) -> tuple[list[int], int] | None:
-        """Ids and the prompt's share of them, cut at the end; None for rows too short to draft."""
+    def _supervised(self, record: Any) -> tuple[list[int], list[bool]]:
+        """Ids and which of them count, cut at the end."""
+        mask = record.metadata.get(LOSS_MASK)
         before = getattr(record, "prompt_ids", None)
         after = getattr(record, "completion_ids", None)
+        if mask is not None and after is not None:
+            ids = continuation_ids(self.base, after)[: self.context_length]
+            return ids, [bool(m) for m in mask[: len(ids)]]
         if before is None:
             before = prompt_ids(self.base, record.prompt)
         if after is None:
@@ -292,4 +340,4 @@ class DrafterTrainer:
             after = continuation_ids(self.base, text)
         before = list(before)[-(self.context_length // 2) :]
         ids = [*before, *after][: self.context_length]
-        return (ids, len(before)) if len(ids) - len(before) >= 2 and len(before) >= 1 else None
+        return ids, [i >= len(before) for i in range(len(ids))]
