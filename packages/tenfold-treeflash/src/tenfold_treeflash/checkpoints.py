@@ -2,7 +2,8 @@
 
 A TreeFlash folder holds a `config.json` of `model_type: qwen3` and the names `model.*` and
 `ar_approximation.*`; a DFlash folder has the backbone's names without the prefix and no
-approximator. Embeddings and head are never in it: those are the target's.
+approximator; so has one of `speculators` (see `formats`), which is read too. Embeddings and head
+are never in it: those are the target's.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from tenfold_treeflash.configuration import TreeFlashConfig, from_published
+from tenfold_treeflash.formats import from_speculators, is_speculators
 from tenfold_treeflash.modeling import TreeFlashDraftModel
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _OWN_PARTS = ("model.", "ar_approximation.", "mask_embedding")
-_TARGETS_PARTS = ("embed_tokens.", "lm_head.", "model.embed_tokens.")
+_TARGETS_PARTS = (
+    "embed_tokens.", "lm_head.", "model.embed_tokens.", "verifier_lm_head.", "verifier_norm.",
+    "t2d", "d2t",
+)  # fmt: skip
 """What some exporters add; the target has it already."""
 _SHOWN = 4
 
@@ -48,9 +53,11 @@ def read_config(folder: str | Path, **changes: Any) -> TreeFlashConfig:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no table of settings")
-    if "hidden_size" not in values:
-        raise ConfigError(f"{path} says no hidden_size; it describes no drafter")
     try:
+        if is_speculators(values):
+            values = from_speculators(values)
+        if "hidden_size" not in values:
+            raise ConfigError("says no hidden_size; it describes no drafter")
         return from_published(values | changes)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

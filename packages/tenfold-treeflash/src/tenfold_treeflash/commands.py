@@ -10,6 +10,7 @@ import torch
 from tenfold.builtin.hf import load as load_base
 from tenfold.cli.output import note, print_json, print_table
 from tenfold.errors import EXIT_OK, EXIT_RUN_FAILED, ConfigError
+from tenfold.lm.model import CausalLM
 from tenfold.records import GenerationConfig
 
 from tenfold_treeflash.costs import calibrate as measure
@@ -20,9 +21,21 @@ from tenfold_treeflash.modeling import parameter_count
 from tenfold_treeflash.target import Target, check_pair
 
 
-def _pair(target: str, drafter: str, method: str, tree_size: str) -> TreeDecoder:
+def _base(target: str, device: str | None, dtype: str | None) -> CausalLM:
+    return load_base(target, device=device, dtype=dtype)
+
+
+def _pair(
+    target: str,
+    drafter: str,
+    method: str,
+    tree_size: str,
+    device: str | None,
+    dtype: str | None,
+) -> TreeDecoder:
+    """A model with its drafter, which takes the model's device and number type."""
     return TreeDecoder(
-        load_base(target), load_checkpoint(drafter), method=method, tree_size=tree_size
+        _base(target, device, dtype), load_checkpoint(drafter), method=method, tree_size=tree_size
     )
 
 
@@ -39,10 +52,12 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     max_new_tokens: int = 64,
+    device: str | None = None,
+    dtype: str | None = None,
     as_json: bool = False,
 ) -> int:
     """Writes one text."""
-    model = _pair(target, drafter, method, tree_size)
+    model = _pair(target, drafter, method, tree_size, device, dtype)
     text = _prompt(prompt)
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     [[done]] = model.generate([text], config)
@@ -66,10 +81,12 @@ def inspect(
     rounds: int = 3,
     seed: int = 0,
     temperature: float = 0.0,
+    device: str | None = None,
+    dtype: str | None = None,
     as_json: bool = False,
 ) -> int:
     """Draws the first rounds of a text."""
-    model = _pair(target, drafter, method, tree_size)
+    model = _pair(target, drafter, method, tree_size, device, dtype)
     model.rounds = []
     config = GenerationConfig(
         max_new_tokens=1 + rounds * (model.settings.block_size or 64), temperature=temperature,
@@ -109,10 +126,12 @@ def verify(
     num_prompts: int = 4,
     max_new_tokens: int = 48,
     seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
     as_json: bool = False,
 ) -> int:
     """Compares with the model alone, greedy and sampled; exit code 1 where texts differ."""
-    model = _pair(target, drafter, method, tree_size)
+    model = _pair(target, drafter, method, tree_size, device, dtype)
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for number in range(num_prompts):
@@ -163,10 +182,17 @@ def _compared(
     return {**row, "tie": tie, "note": note_}
 
 
-def calibrate(target: str, drafter: str, out: str | None = None, as_json: bool = False) -> int:
+def calibrate(
+    target: str,
+    drafter: str,
+    out: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    as_json: bool = False,
+) -> int:
     """Measures rounds of each size."""
-    pair = Target(load_base(target).module())
-    network = load_checkpoint(drafter).network
+    pair = Target(_base(target, device, dtype).module())
+    network = load_checkpoint(drafter).network.to(device=pair.device, dtype=pair.dtype)
     check_pair(pair, network)
     costs = measure(pair, network)
     if out is not None:
@@ -181,7 +207,13 @@ def calibrate(target: str, drafter: str, out: str | None = None, as_json: bool =
     return EXIT_OK
 
 
-def info(drafter: str, target: str | None = None, as_json: bool = False) -> int:
+def info(
+    drafter: str,
+    target: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    as_json: bool = False,
+) -> int:
     """Describes a drafter."""
     network = load_checkpoint(drafter).network
     config = network.config
@@ -197,7 +229,7 @@ def info(drafter: str, target: str | None = None, as_json: bool = False) -> int:
     }
     if target is not None:
         try:
-            check_pair(Target(load_base(target).module()), network)
+            check_pair(Target(_base(target, device, dtype).module()), network)
         except ConfigError as error:
             facts["fits the model"] = f"no: {error}"
         else:

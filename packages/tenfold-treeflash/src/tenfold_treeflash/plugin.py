@@ -197,18 +197,21 @@ def tenfold_evaluators() -> list[ComponentSpec]:
         ComponentSpec(
             "diagnostics",
             "tenfold_treeflash.diagnostics:Diagnostics",
-            "How far drafted distributions are from the model's, by depth, on given texts",
+            "What drafters foresee of given texts: distances by depth, simulated rounds, calibration",
             params=(
                 Param("anchors", "int", 16, "blocks per text", minimum=1),
                 Param("max_text_tokens", "int", 256, "longer texts are cut", minimum=4),
                 Param("coverage", "list[int]", (1, 5, 16), "numbers of best tokens whose share of "
                       "the model's probability is measured", minimum=1),
+                Param("tree_sizes", "list[int]", (1, 4, 8, 16, 32, 64), "nodes per simulated round",
+                      minimum=1),
                 Param("seed", "int", None, "of the blocks; default: the run's"),
             ),
             requires={"model": ("generate", "grad", "tokenize")},
             data={"dataset": ("text", "sample")},
             modules=_HEAVY,
             extras=_EXTRAS,
+            version=2,
         ),
     ]  # fmt: skip
 
@@ -224,6 +227,7 @@ def tenfold_commands() -> list[CommandSpec]:
         Param("method", "str", "tree", "tree, marginal, chain or none",
               choices=("tree", "marginal", "chain", "none")),
         Param("tree_size", "str", "auto", "nodes per round, or auto"),
+        *describe.PLACEMENT,
     )  # fmt: skip
     return [
         CommandSpec(
@@ -268,7 +272,7 @@ def tenfold_commands() -> list[CommandSpec]:
             "calibrate",
             "tenfold_treeflash.commands:calibrate",
             "measure what rounds of each size cost on this machine",
-            (*pair, Param("out", "path", None, "JSON file for the result")),
+            (*pair, Param("out", "path", None, "JSON file for the result"), *describe.PLACEMENT),
         ),
         CommandSpec(
             "info",
@@ -277,6 +281,8 @@ def tenfold_commands() -> list[CommandSpec]:
             (
                 Param("drafter", "path", positional=True, help="folder of a drafter"),
                 Param("target", "path", None, help="folder of a model"),
+                *describe.PLACEMENT,
             ),
         ),
+        *describe.COMMANDS,
     ]

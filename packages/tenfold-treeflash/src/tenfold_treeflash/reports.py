@@ -52,3 +52,39 @@ def diagnostics_blocks(table: Mapping[tuple[str, str, int], Sequence[float]]) ->
             if measure == name:
                 series.setdefault(kind, []).append((float(depth), sum(values) / len(values)))
         yield Lines(series, "depth", name, f"{name}, means over texts.")
+
+
+def rounds_blocks(
+    metrics: Sequence[Metric],
+    calibration: Sequence[tuple[int, float, float]],
+    histogram: Mapping[int, int],
+) -> Iterator[Block]:
+    """Simulated rounds: efficiency by size, acceptance by depth, why they ended, calibration."""
+    from tenfold.report import Bars, Heading, Histogram, Lines, Paragraph
+
+    if not histogram:
+        return
+    yield Heading("Simulated rounds")
+    yield Paragraph(
+        "Trees were drafted at places of the given texts, and the texts' own tokens walked through "
+        "them. That is what decoding accepts where the model itself wrote the texts."
+    )
+    by_size = [(float(m.group.partition("=")[2]), m.value) for m in metrics
+               if m.name == "block_efficiency"]  # fmt: skip
+    yield Lines({"tokens per round": by_size}, "nodes", "tokens", "Tokens per round by tree size.")
+    accepted = [(float(m.group.partition("=")[2]), m.value) for m in metrics
+                if m.name == "acceptance"]  # fmt: skip
+    yield Lines({"accepted": accepted}, "depth", "share",
+                "Share of walks that get past a depth, of those that get there.")  # fmt: skip
+    yield Histogram({str(tokens): float(n) for tokens, n in histogram.items()},
+                    caption="Rounds by their number of tokens.")  # fmt: skip
+    ended = [m for m in metrics if m.name == "ended"]
+    yield Bars([m.group for m in ended], [m.value for m in ended], [m.interval for m in ended],
+               caption="Why walks ended: nothing was drafted any deeper; the token stood at that "
+               "depth below another node; it was listed, but the tree had no room; it was in no "
+               "list.")  # fmt: skip
+    seen = [(predicted, observed) for _, predicted, observed in calibration]
+    yield Lines({"observed": seen, "as predicted": [(p, p) for p, _ in seen]},
+                "predicted path probability", "share of texts",
+                "How often the text went through a node, by the drafter's probability of its path.",
+                )  # fmt: skip
