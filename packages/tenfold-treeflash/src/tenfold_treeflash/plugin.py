@@ -197,7 +197,7 @@ def tenfold_evaluators() -> list[ComponentSpec]:
         ComponentSpec(
             "diagnostics",
             "tenfold_treeflash.diagnostics:Diagnostics",
-            "What drafters foresee of given texts: distances by depth, simulated rounds, calibration",
+            "What drafters foresee of given texts: by depth and tree size, and how well calibrated",
             params=(
                 Param("anchors", "int", 16, "blocks per text", minimum=1),
                 Param("max_text_tokens", "int", 256, "longer texts are cut", minimum=4),
