@@ -26,22 +26,22 @@ def test_matrices_meet_directions_as_if_their_gradients_were_formed(
     gradients = torch.einsum("bro,bri->boi", delta, a)
     if kind == "outer-t":
         gradients = gradients.transpose(1, 2)
-    directions = draw(*gradients.shape[1:], 4)
+    directions = draw(4, *gradients.shape[1:])
     got = use_products(kind, a, delta, directions)
-    torch.testing.assert_close(got, torch.einsum("bxy,xyq->bq", gradients, directions))
+    torch.testing.assert_close(got, torch.einsum("bxy,qxy->bq", gradients, directions))
     assert factorised_is_cheaper(rows, 35, 40, 4) == (rows == 1)
 
 
 def test_lookups_scales_and_shifts():
     ids = torch.tensor([[3, 3, 0], [1, -1, 3]])
-    delta, table = draw(2, 3, 5), draw(4, 5, 2)
+    delta, table = draw(2, 3, 5), draw(2, 4, 5)
     expected = torch.stack(
-        [sum(delta[b, t] @ table[ids[b, t]] for t in range(3) if ids[b, t] >= 0) for b in range(2)]
+        [sum(table[:, ids[b, t]] @ delta[b, t] for t in range(3) if ids[b, t] >= 0) for b in range(2)]
     )
     torch.testing.assert_close(use_products("gather", ids, delta, table), expected)
-    a, vector = draw(2, 3, 5), draw(5, 2)
-    torch.testing.assert_close(use_products("scale", a, delta, vector), (a * delta).sum(1) @ vector)
-    torch.testing.assert_close(use_products("shift", None, delta, vector), delta.sum(1) @ vector)
+    a, vector = draw(2, 3, 5), draw(2, 5)
+    torch.testing.assert_close(use_products("scale", a, delta, vector), (a * delta).sum(1) @ vector.T)
+    torch.testing.assert_close(use_products("shift", None, delta, vector), delta.sum(1) @ vector.T)
     none = torch.full((2, 3), -1)
     assert not use_products("gather", none, delta, table).any()
 

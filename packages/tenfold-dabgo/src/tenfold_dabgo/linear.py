@@ -91,13 +91,13 @@ class _GradientScorer:
         self.gradients = PerSampleGradients(model, params, route)
         self.n_queries = 0
         self.columns = 0
-        # [*shape, Q]: a lookup in an embedding gives rows for all queries at once.
+        # [Q, *shape]: one query after the other, each written in one piece.
         self.stacked: dict[str, Tensor] = {}
         for direction in directions:
             if self.n_queries == self.columns:
                 self._widen(params)
             for name in params:
-                self.stacked[name][..., self.n_queries] = direction[name]
+                self.stacked[name][self.n_queries] = direction[name]
             self.n_queries += 1
         if not self.stacked:
             self._widen(params)
@@ -105,9 +105,9 @@ class _GradientScorer:
     def _widen(self, params: Mapping[str, nn.Parameter]) -> None:
         self.columns += QUERY_BLOCK
         for name, p in params.items():
-            wider = torch.zeros((*p.shape, self.columns), dtype=p.dtype, device=p.device)
+            wider = torch.zeros((self.columns, *p.shape), dtype=p.dtype, device=p.device)
             if name in self.stacked:
-                wider[..., : self.n_queries] = self.stacked[name]
+                wider[: self.n_queries] = self.stacked[name]
             self.stacked[name] = wider
 
     def __call__(self, batch: TokenBatch) -> Tensor:
@@ -117,8 +117,7 @@ class _GradientScorer:
         out = torch.zeros((rows, self.columns), dtype=first.dtype, device=first.device)
 
         def consume(name: str, start: int, block: Tensor) -> None:
-            matrix = self.stacked[name].reshape(-1, self.columns)
-            out[start : start + len(block)] += block.reshape(len(block), -1) @ matrix
+            out[start : start + len(block)] += block.flatten(1) @ self.stacked[name].flatten(1).T
 
         captured = self.gradients.captured(batch)
         if captured is None:

@@ -29,8 +29,9 @@ ROUTES = ("auto", "capture", "loop")
 CHUNK_BYTES = 16 * 2**20
 """Largest block of per-sample gradients handed over at once (one sample's is always allowed).
 Blocks of more than 32 MB would be fresh, unmapped memory each time."""
-PROBE_ROWS = 4
-"""Samples of the first batch that the check is made on."""
+PROBE_ROWS, PROBE_WIDTH = 3, 48
+"""Samples of the first batch that the check is made on, and their first tokens: whether a layer
+is understood does not depend on length, and the check must not cost as much as the batch."""
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}
 """Accepted relative error of the check. Many models normalize in single precision even when
 their weights are double; single precision itself sums thousands of products."""
@@ -173,14 +174,14 @@ class PerSampleGradients:
 
 
 def probe(batch: TokenBatch) -> TokenBatch:
-    """A few rows of a batch, of unequal lengths where possible, for the check."""
-    rows, width = batch.input_ids.shape
+    """The beginnings of a few rows of a batch, of unequal lengths where possible."""
+    rows, width = len(batch.input_ids), min(batch.input_ids.shape[1], PROBE_WIDTH)
     chosen = sorted({round(i * (rows - 1) / (PROBE_ROWS - 1)) for i in range(PROBE_ROWS)})
-    mask = batch.attention_mask[chosen].clone()
+    mask = batch.attention_mask[chosen, :width].clone()
     if rows > 1 and width > 3 and bool(mask.all()):
         mask[-1, -(width // 3) :] = 0  # rows of one length would hide a mix-up of rows
-    loss_mask = None if batch.loss_mask is None else batch.loss_mask[chosen]
-    return TokenBatch(batch.input_ids[chosen], mask, loss_mask)
+    loss_mask = None if batch.loss_mask is None else batch.loss_mask[chosen, :width]
+    return TokenBatch(batch.input_ids[chosen, :width], mask, loss_mask)
 
 
 def sample_gradients(pieces: list[Piece], shape: torch.Size) -> Iterator[tuple[int, Tensor]]:

@@ -7,7 +7,8 @@ For a linear map, `<G_i, V_q>` with `G_i = sum_t d_it a_it^T` [O, I] can be had 
 
 per sample with R rows and Q directions. The cheaper one is taken. `formed` goes over blocks of
 output rows through one buffer, so that its memory is bounded whatever the weight's size, and the
-block is still in the cache when the directions meet it.
+block is still in the cache when the directions meet it. Directions lie one after the other, so
+that each is written and read in one piece.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ def use_products(kind: str, a: Tensor | None, delta: Tensor, directions: Tensor)
         kind: as in `capture.Use`, with one row of `a` and `delta` per sample and position.
         a: `[B, R, I]` (ids `[B, R]` for `gather`, None for `shift`).
         delta: `[B, R, O]`.
-        directions: `[*shape, Q]`, the weight's part of every direction.
+        directions: `[Q, *shape]`, the weight's part of every direction.
     """
     if kind == "shift":
-        return delta.sum(dim=1) @ directions.reshape(-1, directions.shape[-1])
+        return delta.sum(dim=1) @ directions.flatten(1).T
     assert a is not None
     if kind == "scale":
-        return (delta * a).sum(dim=1) @ directions.reshape(-1, directions.shape[-1])
+        return (delta * a).sum(dim=1) @ directions.flatten(1).T
     if kind == "gather":
         return _lookups(a, delta, directions)
     left, right = (delta, a) if kind == "outer" else (a, delta)
-    if factorised_is_cheaper(left.shape[1], left.shape[2], right.shape[2], directions.shape[-1]):
+    if factorised_is_cheaper(left.shape[1], left.shape[2], right.shape[2], len(directions)):
         return _factorised(left, right, directions)
     return _formed(left, right, directions)
 
@@ -50,10 +51,10 @@ def factorised_is_cheaper(rows: int, first: int, second: int, queries: int) -> b
 
 
 def _formed(left: Tensor, right: Tensor, directions: Tensor) -> Tensor:
-    """`sum_oi (sum_r left_ro right_ri) V_oiq` block by block over o."""
+    """`sum_oi (sum_r left_ro right_ri) V_qoi` block by block over o."""
     samples, _, first = left.shape
-    second, queries = right.shape[2], directions.shape[-1]
-    out = left.new_zeros((samples, queries))
+    second = right.shape[2]
+    out = left.new_zeros((samples, len(directions)))
     size = BUFFER_BYTES // (samples * second * left.element_size())
     size = min(max(size, MIN_BLOCK), first)
     buffer = left.new_empty(samples * size * second)
@@ -62,17 +63,16 @@ def _formed(left: Tensor, right: Tensor, directions: Tensor) -> Tensor:
         part = left[:, start : start + size]
         block = buffer[: samples * part.shape[1] * second].view(samples, part.shape[1], second)
         torch.bmm(part, right, out=block)
-        matrix = directions[start : start + size].reshape(-1, queries)
-        out.addmm_(block.view(samples, -1), matrix)
+        out.addmm_(block.view(samples, -1), directions[:, start : start + size].flatten(1).T)
     return out
 
 
 def _factorised(left: Tensor, right: Tensor, directions: Tensor) -> Tensor:
-    """`sum_ro left_ro (sum_i V_oiq right_ri)`, sample by sample to bound memory."""
-    first, second, queries = directions.shape
-    matrix = directions.transpose(0, 1).reshape(second, first * queries)
+    """`sum_ro left_ro (sum_i V_qoi right_ri)`, sample by sample to bound memory."""
+    queries, first, second = directions.shape
+    matrix = directions.view(queries * first, second).T
     out = [
-        torch.einsum("ro,roq->q", one, (other @ matrix).view(-1, first, queries))
+        torch.einsum("ro,rqo->q", one, (other @ matrix).view(-1, queries, first))
         for one, other in zip(left, right, strict=True)
     ]
     return torch.stack(out)
@@ -83,6 +83,6 @@ def _lookups(ids: Tensor, delta: Tensor, directions: Tensor) -> Tensor:
     out = []
     for row, gradient in zip(ids, delta, strict=True):
         used = row >= 0
-        found = directions[row[used]].reshape(-1, directions.shape[-1])
-        out.append(gradient[used].reshape(1, -1) @ found)
-    return torch.cat(out)
+        found = directions[:, row[used]].flatten(1)
+        out.append(found @ gradient[used].flatten())
+    return torch.stack(out)
