@@ -36,11 +36,15 @@ def test_lookups_scales_and_shifts():
     ids = torch.tensor([[3, 3, 0], [1, -1, 3]])
     delta, table = draw(2, 3, 5), draw(2, 4, 5)
     expected = torch.stack(
-        [sum(table[:, ids[b, t]] @ delta[b, t] for t in range(3) if ids[b, t] >= 0) for b in range(2)]
+        [
+            sum(table[:, ids[b, t]] @ delta[b, t] for t in range(3) if ids[b, t] >= 0)
+            for b in range(2)
+        ]
     )
     torch.testing.assert_close(use_products("gather", ids, delta, table), expected)
     a, vector = draw(2, 3, 5), draw(2, 5)
-    torch.testing.assert_close(use_products("scale", a, delta, vector), (a * delta).sum(1) @ vector.T)
+    scaled = (a * delta).sum(1) @ vector.T
+    torch.testing.assert_close(use_products("scale", a, delta, vector), scaled)
     torch.testing.assert_close(use_products("shift", None, delta, vector), delta.sum(1) @ vector.T)
     none = torch.full((2, 3), -1)
     assert not use_products("gather", none, delta, table).any()

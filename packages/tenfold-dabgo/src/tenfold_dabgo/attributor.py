@@ -122,7 +122,7 @@ class BidirectionalAttributor:
     def first_order(self, queries: Sequence[Query]) -> np.ndarray:
         """`[Q, N]` inner products `<g_i, Pi g_x>`, all queries in one pass."""
         with borrowed(self.model, self.perturbation.params) as params:
-            directions = (self._direction(params, query) for query in queries)
+            directions = self.directions(params, queries)
             budget = max(self.token_budget // 2, 1)
             with self.progress("first-order scores", len(self.dataset), "samples") as bar:
                 scores = linear_scores(
@@ -148,13 +148,18 @@ class BidirectionalAttributor:
         mine = self.team.mine(length_buckets(self.dataset, everything, budget))
         return np.concatenate([np.zeros(0, dtype=np.int64), *mine])
 
-    def _direction(self, params: Mapping[str, nn.Parameter], query: Query) -> Weights:
-        """v = Pi g_x."""
-        v = gradient(params, query_loss(self.model, query)())
+    def directions(
+        self, params: Mapping[str, nn.Parameter], queries: Iterable[Query]
+    ) -> Iterator[Weights]:
+        """v = Pi g_x of each query, one at a time."""
+        scale: Weights | None = None
         if self.fisher is not None and self.perturbation.method == "natural_gradient":
             scale, _ = self.fisher.precondition(params, self.perturbation.damping)
-            v = {name: value * scale[name].to(value.dtype) for name, value in v.items()}
-        return v
+        for query in queries:
+            v = gradient(params, query_loss(self.model, query)())
+            if scale is not None:
+                v = {name: value * scale[name].to(value.dtype) for name, value in v.items()}
+            yield v
 
     def perturb(self, query: Query) -> Perturbed:
         """Both directions for one query (inspection; the model stays as it is)."""
