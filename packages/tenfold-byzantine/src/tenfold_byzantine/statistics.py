@@ -9,14 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import stats as scipy_stats
 from tenfold.errors import ConfigError
 from tenfold.stats import Interval, normal_quantile, wilson
 
 Count = tuple[int, int]
 """`(successes, games)`."""
+
+
+def _scipy() -> Any:
+    from scipy import stats
+
+    return stats
 
 
 def halfwidth(successes: int, n: int, confidence: float = 0.95) -> float:
@@ -34,8 +40,8 @@ def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> Interva
     if n == 0:
         return None
     tail = (1 - confidence) / 2
-    low = scipy_stats.beta.ppf(tail, successes, n - successes + 1) if successes else 0.0
-    high = scipy_stats.beta.ppf(1 - tail, successes + 1, n - successes) if successes < n else 1.0
+    low = _scipy().beta.ppf(tail, successes, n - successes + 1) if successes else 0.0
+    high = _scipy().beta.ppf(1 - tail, successes + 1, n - successes) if successes < n else 1.0
     return float(low), float(high)
 
 
@@ -67,7 +73,7 @@ def fisher(first: Count, second: Count) -> float:
     _check_count(first)
     _check_count(second)
     table = [[first[0], first[1] - first[0]], [second[0], second[1] - second[0]]]
-    return float(scipy_stats.fisher_exact(table).pvalue)
+    return float(_scipy().fisher_exact(table).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -109,7 +115,7 @@ def mcnemar(first: Mapping[int, bool], second: Mapping[int, bool]) -> Paired:
     discordant = only_first + only_second
     p = 1.0
     if discordant:
-        p = float(scipy_stats.binomtest(only_first, discordant, 0.5).pvalue)
+        p = float(_scipy().binomtest(only_first, discordant, 0.5).pvalue)
     return Paired(len(common), only_first, only_second, p)
 
 
@@ -218,7 +224,7 @@ def conditional_mean(values: Sequence[float], confidence: float = 0.95) -> Mean 
     if n == 1:
         return Mean(mean, 1, None)
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    half = float(scipy_stats.t.ppf(0.5 + confidence / 2, n - 1)) * deviation / math.sqrt(n)
+    half = float(_scipy().t.ppf(0.5 + confidence / 2, n - 1)) * deviation / math.sqrt(n)
     return Mean(mean, n, (mean - half, mean + half))
 
 
@@ -253,7 +259,7 @@ def bootstrap(
     if np.ptp(data) == 0:  # resamples do not differ; scipy would divide by zero
         constant = float(statistic(data))
         return constant, constant
-    found = scipy_stats.bootstrap(
+    found = _scipy().bootstrap(
         (data,), statistic, n_resamples=resamples, confidence_level=confidence,
         method=names[method], rng=np.random.default_rng(seed), vectorized=False,
         batch=1000,
@@ -309,7 +315,7 @@ def logistic(
             name,
             float(b),
             (float(b - z * e), float(b + z * e)),
-            float(2 * scipy_stats.norm.sf(abs(b / e))),
+            float(2 * _scipy().norm.sf(abs(b / e))),
         )
         for name, b, e in zip(names, beta, errors, strict=True)
     ]
@@ -366,7 +372,7 @@ def games_per_cell(p0: float, p1: float, power: float = 0.8, alpha: float = 0.05
     """
     _check_power(p0, p1, power, alpha)
     a = normal_quantile(1 - alpha)
-    b = float(scipy_stats.norm.ppf(power))
+    b = float(_scipy().norm.ppf(power))
     mean = (p0 + p1) / 2
     spread = a * math.sqrt(2 * mean * (1 - mean)) + b * math.sqrt(p0 * (1 - p0) + p1 * (1 - p1))
     return math.ceil((spread / (p0 - p1)) ** 2)
@@ -378,12 +384,12 @@ def fisher_power(n: int, p0: float, p1: float, alpha: float = 0.05) -> float:
     Sums over all pairs of counts; cost O(n² log n).
     """
     counts = np.arange(n + 1)
-    first = scipy_stats.binom.pmf(counts, n, p0)
-    second = scipy_stats.binom.pmf(counts, n, p1)
+    first = _scipy().binom.pmf(counts, n, p0)
+    second = _scipy().binom.pmf(counts, n, p1)
     total = 0.0
     for m in range(2 * n + 1):
         a = np.arange(max(0, m - n), min(m, n) + 1)
-        null = scipy_stats.hypergeom.pmf(a, 2 * n, n, m)
+        null = _scipy().hypergeom.pmf(a, 2 * n, n, m)
         order = np.sort(null)
         # A table's p is the mass of all that are no likelier; equal ones differ by rounding.
         p = np.cumsum(order)[np.searchsorted(order, null * (1 + 1e-7), side="right") - 1]
