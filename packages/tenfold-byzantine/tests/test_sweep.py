@@ -17,7 +17,7 @@ from tenfold.stats import wilson
 from tenfold_byzantine.contracts import Ballot, Proposal
 from tenfold_byzantine.grid import SweepPlan, differences
 from tenfold_byzantine.presets import PRESETS, preset_table
-from tenfold_byzantine.roster import Roster, by_role
+from tenfold_byzantine.roster import NoModelError, Roster, by_role
 from tenfold_byzantine.rows import table_text
 from tenfold_byzantine.statistics import halfwidth
 from tenfold_byzantine.summary import collect
@@ -284,11 +284,11 @@ def test_policies_are_made_once_and_refused_clearly():
     cells = plan().cells
     policies = {id(p) for c in cells for p in roster.cast(c.config).seats["honest"]}
     assert len(policies) == 2
-    with pytest.raises(ConfigError, match="there is no model"):
+    with pytest.raises(NoModelError, match="there is no model"):
         roster.cast(replace(cells[0].config, honest=(), n_honest=3))
     named = {"honest.group": [[{"count": 5, "use": "llm", "backend": {"role": "judg"}}]]}
     grouped = plan(grid=named, base={**TABLE["base"], "honest": {"use": "mixed"}})
-    with pytest.raises(ConfigError, match="did you mean 'judge'"):
+    with pytest.raises(NoModelError, match="did you mean 'judge'"):
         Roster(by_role({"judge": object()})).cast(grouped.cells[0].config)
 
 

@@ -13,9 +13,7 @@ from tenfold_byzantine.presets import Published
 from tenfold_byzantine.result import GROUPINGS, GameResult
 from tenfold_byzantine.rows import game_row
 from tenfold_byzantine.statistics import Difference, Mean
-from tenfold_byzantine.summary import PROPERTIES, Cell, compare, effects
-
-MEASURED = ("influence", "quality", "stubbornness", "byzantine_infiltration")
+from tenfold_byzantine.summary import KEY_MEASURES, PROPERTIES, Cell, compare, effects
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +49,7 @@ def report_blocks(
     stories: Sequence[Story] = (),
     taxonomy: str = "full",
     paired: bool = True,
+    base: int = 0,
 ) -> Iterator[Block]:
     """The blocks of a report, most wanted first."""
     yield Heading("How games ended")
@@ -68,7 +67,7 @@ def report_blocks(
     yield time_table(cells)
     used = [cell for cell in cells if cell.games]
     if len(used) > 1:
-        yield from comparison_blocks(used, paired=paired)
+        yield from comparison_blocks(used, base, paired=paired)
     yield from cost_blocks(cells)
     if stories:
         yield Heading("Games")
@@ -162,11 +161,13 @@ def time_table(cells: Sequence[Cell]) -> Table:
     )
 
 
-def comparison_blocks(cells: Sequence[Cell], *, paired: bool = True) -> Iterator[Block]:
-    """Each cell against the first, and a regression over all."""
+def comparison_blocks(
+    cells: Sequence[Cell], base: int = 0, *, paired: bool = True
+) -> Iterator[Block]:
+    """Each cell against the base, and a regression over all."""
     yield Heading("Comparisons")
     rows = []
-    for c in compare(cells, paired=paired):
+    for c in compare(cells, base, paired=paired):
         d = c.difference
         rows.append(
             [
@@ -183,7 +184,7 @@ def comparison_blocks(cells: Sequence[Cell], *, paired: bool = True) -> Iterator
     yield Table(
         ["cell", "valid, points", "Fisher p", "Holm p", "only here : only base", "McNemar p"],
         rows,
-        caption=f"Against {cells[0].label}: difference with Newcombe's interval; Fisher's exact "
+        caption=f"Against {cells[base].label}: difference with Newcombe's interval; Fisher's exact "
         "test, adjusted for the family; McNemar's exact test over games of one seed.",
     )
     found = effects(cells)
@@ -210,7 +211,7 @@ def _points(d: Difference) -> str:
 def cost_blocks(cells: Sequence[Cell]) -> Iterator[Block]:
     """Means of measures, and counters per game."""
     names = sorted({name for cell in cells for name in cell.counters})
-    measured = [n for n in MEASURED if any(n in cell.metrics for cell in cells)]
+    measured = [n for n in KEY_MEASURES if any(n in cell.metrics for cell in cells)]
     if not names and not measured:
         return
     yield Heading("Behaviour and cost")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from tenfold.errors import ConfigError, nearest
+from tenfold.errors import ComponentError, nearest
 from tenfold.seeds import content_hash
 
 from tenfold_byzantine.cast import Cast
@@ -23,6 +23,10 @@ from tenfold_byzantine.rules import GameConfig, Group
 LLM = "llm"
 ModelOf = Callable[[Group, Role, GameConfig], Any]
 """The model of a group."""
+
+
+class NoModelError(ComponentError):
+    """Agents are language models, and there is no model for them; no game can be played."""
 
 
 class Roster:
@@ -43,7 +47,8 @@ class Roster:
         """The players of a game, checked against its rules; shared by games of these settings.
 
         Raises:
-            ConfigError: an unknown policy, one outside of its bounds, or a model that is missing.
+            ConfigError: an unknown policy, or one outside of its bounds.
+            NoModelError: a model is missing.
         """
         key = config.canonical
         if key not in self._casts:
@@ -59,7 +64,7 @@ class Roster:
                 self._made[key] = with_filter(made, group.filter)
             return self._made[key]
         if self._model_of is None:
-            raise ConfigError(
+            raise NoModelError(
                 f"the {role} agents are language models, but there is no model",
                 hint=f"give one ([models.{role}] in a run file, [backend] in a game file), or "
                 f'name a scripted policy: [{role}] use = "low-median"',
@@ -84,7 +89,7 @@ def by_role(models: Mapping[str, Any]) -> ModelOf:
         named = group.backend.get("role")
         if named is not None:
             if named not in models:
-                raise ConfigError(
+                raise NoModelError(
                     f"a {role} group asks for the model role {named!r}, which the run does not "
                     f"have{nearest(str(named), models)} (it has: {', '.join(models) or 'none'})"
                 )
@@ -92,7 +97,7 @@ def by_role(models: Mapping[str, Any]) -> ModelOf:
         for name in (role, "model"):
             if name in models:
                 return models[name]
-        raise ConfigError(
+        raise NoModelError(
             f"the {role} agents are language models, but the run has no model for them "
             f"(models: {', '.join(models) or 'none'})",
             hint=f'add [models.{role}], or a scripted policy: {role} = "low-median"',

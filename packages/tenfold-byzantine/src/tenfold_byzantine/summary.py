@@ -38,6 +38,17 @@ PROPERTIES = (
     "unanimity_validity",
 )
 
+KEY_MEASURES = (
+    "influence",
+    "stubbornness",
+    "time_lost_to_voting",
+    "vote_precision",
+    "vote_recall",
+    "quality",
+    "keyword_hits",
+)
+"""Measures that become metrics of a run; rows have all of them."""
+
 
 def setting_name(path: str) -> str:
     """A setting's short name: `game.n_byzantine` → `n_byzantine`, `honest.use` → `honest`."""
@@ -248,7 +259,9 @@ def cell_metrics(cell: Cell, taxonomy: str = "full", *, alone: bool = False) -> 
         yield Metric(
             "rounds_when_valid", rounds.value, rounds.n, rounds.interval, False, "rounds", group
         )
-    for name, total in sorted(cell.metrics.items()):
+    for name in KEY_MEASURES:
+        if (total := cell.metrics.get(name)) is None:
+            continue
         yield Metric(name, total.mean, total.n, total.interval(), None, "", group)
     for name, count in sorted(cell.counters.items()):
         yield Metric(name, count / n, n, None, None, "per game", group)
