@@ -98,6 +98,8 @@ def test_policies_can_be_given_to_the_evaluator(host):
     store = outcome.run_dir / "artifacts" / "events"
     for path in store.iterdir():
         assert set(read_transcript(path).policies) == {"mean", "silent"}
+    # Both cells are now the same games: one log each, whole.
+    assert len(list(store.iterdir())) == 5
 
 
 def test_language_models_without_a_model_stop_the_run(host):
@@ -111,6 +113,7 @@ def test_language_models_without_a_model_stop_the_run(host):
 def test_an_algorithm_outside_its_bound_fails_its_games_alone(host):
     table = run_table()
     table["datasets"]["games"]["grid"] = {"honest.use": ["low-median", "phase-king:f=2"]}
+    table["datasets"]["games"]["game"] = {**BASE["game"], "max_rounds": 8}
     outcome = host.run(table, options=Options(progress=False))
     assert (outcome.done, outcome.failed, outcome.exit_code) == (5, 5, 5)
     assert "phase-king" in outcome.message

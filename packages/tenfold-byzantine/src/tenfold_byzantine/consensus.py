@@ -107,7 +107,8 @@ class Consensus:
                     config = self._config(item.payload.settings)
                     cast = roster.cast(config)
                     name = cast.game_id(config.seed)
-                    log = self._log(ctx, name)
+                    # Two items can be the same game; it has one log.
+                    log = None if name in logs else self._log(ctx, name)
                     game = Game(config, cast, log=log)
                 except ConfigError as error:
                     refused.append(ItemResult(item.id, error=str(error)))

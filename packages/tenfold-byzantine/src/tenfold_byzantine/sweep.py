@@ -199,7 +199,7 @@ class Sweep:
                 cast, seed = casts[cell.index], self.plan.game_seed(cell, replicate)
                 name = cast.game_id(seed)
                 log = None
-                if events is not None:
+                if events is not None and name not in logs:
                     log = logs[name] = EventLog(events, name, self.plan.keep_prompts)  # ty: ignore[invalid-argument-type]
                 places.setdefault(name, []).append((cell, replicate))
                 yield Game(cell.config, cast, seed, log=log)
