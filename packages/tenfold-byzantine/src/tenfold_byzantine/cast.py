@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,7 @@ from tenfold.seeds import content_hash
 
 from tenfold_byzantine.contracts import POWERS, Policy, Role
 from tenfold_byzantine.networks import Neighbours, components, reach
-from tenfold_byzantine.rules import GameConfig, stop_quota
+from tenfold_byzantine.rules import Context, GameConfig, stop_quota
 
 Players = Policy | Sequence[tuple[int, Policy]]
 """One policy for a whole side, or counts and policies of its groups."""
@@ -43,6 +44,11 @@ class Cast:
         self.network: Neighbours | None = None
         if not config.network.drawn:
             self.network = self.graph(config.seed)
+        roles: tuple[Role, ...] = ("honest", "byzantine")
+        self.contexts: dict[Role, Context] = {role: config.context(role) for role in roles}
+        self.kept_lines = max(context.stored_rounds for context in self.contexts.values())
+        # Nothing to draw where every agent plays the same.
+        self.alike = not config.n_byzantine and len(_distinct(self.seats["honest"])) == 1
 
     def _check(self) -> None:
         allowed = self.config.threat.powers
@@ -79,16 +85,16 @@ class Cast:
 
     @cached_property
     def identity(self) -> str:
-        """Settings and players as one canonical text, without the seed."""
+        """Hash of settings and players, without the seed."""
         players = {
             role: [_identity(policy) for policy in policies]
             for role, policies in self.seats.items()
         }
-        return f"{self.config.canonical}\n{content_hash(players, 64)}"
+        return content_hash([self.config.canonical, players], 64)
 
     def game_id(self, seed: int) -> str:
         """Names a game: hash of settings, players and seed."""
-        return content_hash([self.identity, seed])
+        return hashlib.sha256(f"{self.identity}/{seed}".encode()).hexdigest()[:16]
 
 
 def hears(neighbours: Neighbours, relay: int) -> Neighbours:

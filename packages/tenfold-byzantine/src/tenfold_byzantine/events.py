@@ -18,7 +18,7 @@ from tenfold.errors import ConfigError
 from tenfold.files import disk_full_is_an_error
 
 from tenfold_byzantine import __version__
-from tenfold_byzantine.contracts import Attempt, Ballot, Message, Policy, Proposal, Vote
+from tenfold_byzantine.contracts import Attempt, Ballot, Message, Phase, Policy, Proposal, Vote
 
 if TYPE_CHECKING:
     from tenfold_byzantine.engine import Game
@@ -37,7 +37,7 @@ class EventSink(Protocol):
         """The game begins."""
         ...
 
-    def proposal(self, game: Game, agent: int, proposal: Proposal, memory: Any) -> None:
+    def proposal(self, game: Game, round_: int, agent: int, proposal: Proposal) -> None:
         """An agent's answer to phase decide."""
         ...
 
@@ -50,7 +50,12 @@ class EventSink(Protocol):
         ...
 
     def voted(
-        self, game: Game, votes: Sequence[Vote], ballots: Mapping[int, Ballot], stop: bool
+        self,
+        game: Game,
+        round_: int,
+        votes: Sequence[Vote],
+        ballots: Mapping[int, Ballot],
+        stop: bool,
     ) -> None:
         """All votes of a round, which then ends."""
         ...
@@ -100,19 +105,19 @@ class EventWriter:
             keep_prompts=self._keep,
         )
 
-    def proposal(self, game: Game, agent: int, proposal: Proposal, memory: Any) -> None:
+    def proposal(self, game: Game, round_: int, agent: int, proposal: Proposal) -> None:
         """Calls and the `proposal` that came of them; fields that say nothing are left out."""
         if proposal.attempts:
-            self._attempts(game, agent, proposal.attempts)
-        fields: dict[str, Any] = {"round": game.round, "agent": agent, "value": proposal.value}
+            self._attempts(round_, "decide", agent, proposal.attempts)
+        fields: dict[str, Any] = {"round": round_, "agent": agent, "value": proposal.value}
         if proposal.text:
             fields["text"] = proposal.text
         if proposal.note:
             fields["note"] = proposal.note
         if proposal.held is not None:
             fields["held"] = proposal.held
-        if memory is not None:
-            fields["memory"] = memory
+        if proposal.memory is not None:
+            fields["memory"] = proposal.memory
         if proposal.payload is not None:
             fields["payload"] = proposal.payload
         if proposal.to:
@@ -158,15 +163,20 @@ class EventWriter:
             self.add("drop", round=game.round, sender=sender, receiver=receiver)
 
     def voted(
-        self, game: Game, votes: Sequence[Vote], ballots: Mapping[int, Ballot], stop: bool
+        self,
+        game: Game,
+        round_: int,
+        votes: Sequence[Vote],
+        ballots: Mapping[int, Ballot],
+        stop: bool,
     ) -> None:
         """`vote` per agent, `tally`, `round_end`."""
         for agent, vote in enumerate(votes):
             ballot = ballots.get(agent)
-            fields: dict[str, Any] = {"round": game.round, "agent": agent, "vote": vote}
+            fields: dict[str, Any] = {"round": round_, "agent": agent, "vote": vote}
             if ballot is not None:
                 if ballot.attempts:
-                    self._attempts(game, agent, ballot.attempts)
+                    self._attempts(round_, "vote", agent, ballot.attempts)
                 if ballot.memory is not None:
                     fields["memory"] = ballot.memory
                 if ballot.forced:
@@ -174,17 +184,17 @@ class EventWriter:
             self.add("vote", **fields)
         self.add(
             "tally",
-            round=game.round,
+            round=round_,
             stop=votes.count("stop"),
             quota=game.rules.quota,
             stopped=stop,
         )
         self.add(
             "round_end",
-            round=game.round,
-            held=game.held_rows[-1],
-            blocs=_blocs(game.held_rows[-1]),
-            state=game.state_hashes[-1],
+            round=round_,
+            held=game.held_rows[round_ - 1],
+            blocs=_blocs(game.held_rows[round_ - 1]),
+            state=game.state_hashes[round_ - 1],
         )
 
     def end(self, game: Game, result: GameResult) -> None:
@@ -204,8 +214,8 @@ class EventWriter:
             state=result.state_hash,
         )
 
-    def _attempts(self, game: Game, agent: int, attempts: Sequence[Attempt]) -> None:
-        where = {"round": game.round, "phase": game.phase, "agent": agent}
+    def _attempts(self, round_: int, phase: Phase, agent: int, attempts: Sequence[Attempt]) -> None:
+        where = {"round": round_, "phase": phase, "agent": agent}
         for number, attempt in enumerate(attempts, 1):
             request: dict[str, Any] = {**where, "attempt": number}
             if self._keep != "none":

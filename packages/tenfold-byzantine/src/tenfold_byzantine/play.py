@@ -123,11 +123,12 @@ def play_many(
             active.append(game)
         if not active:
             return
-        rounds = [game.round for game in active]
+        rounds = [len(game.vote_rows) for game in active]
         _wave(active, raise_errors)
-        for game, before in zip(active, rounds, strict=True):
-            if on_round is not None and (game.finished or game.round != before):
-                on_round(game)
+        if on_round is not None:
+            for game, before in zip(active, rounds, strict=True):
+                if game.finished or len(game.vote_rows) != before:
+                    on_round(game)
         finished = [game for game in active if game.finished]
         active = [game for game in active if not game.finished]
         for game in finished:
@@ -144,19 +145,23 @@ def _wave(games: list[Game], raise_errors: bool) -> None:
             if key not in calls:
                 calls[key] = (policy, game.phase, [])
             calls[key][2].extend(views)
-    answers: dict[tuple[int, str], Iterator[Any]] = {}
+    answers: dict[tuple[int, str], list[Any]] = {}
     for key, (policy, phase, views) in calls.items():
         try:
-            answers[key] = iter(_call(policy, phase, views))
+            answers[key] = _call(policy, phase, views)
         except Exception:
             if raise_errors:
                 raise
             _one_by_one(games)
             return
+    taken = dict.fromkeys(calls, 0)
     for game, groups in zip(games, asked, strict=True):
-        replies = [
-            [next(answers[id(policy), game.phase]) for _ in views] for policy, views in groups
-        ]
+        replies = []
+        for policy, views in groups:
+            key = (id(policy), game.phase)
+            start = taken[key]
+            taken[key] = start + len(views)
+            replies.append(answers[key][start : taken[key]])
         _submit(game, replies, raise_errors)
 
 

@@ -6,7 +6,6 @@ in one place changes nothing elsewhere. Nothing touches the global generator.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Sequence
 
@@ -21,16 +20,6 @@ def stream(seed: int, *labels: object) -> random.Random:
 def replicate_seed(seed: int, replicate: int) -> int:
     """Seed of a sweep's replicate; the same in all cells, so that games can be paired."""
     return derive(seed, "replicate", replicate)
-
-
-def question_root(game_id: str, seed: int) -> str:
-    """What the keys of a game's questions begin with; the seed cannot be read from it."""
-    return hashlib.sha256(f"{game_id}/{seed}".encode()).hexdigest()[:24]
-
-
-def question_key(root: str, round_: int, phase: str, agent: int) -> str:
-    """`View.key`: names one question of one game."""
-    return f"{root}/{round_}/{phase}/{agent}"
 
 
 def seats(seed: int, agents: int, byzantine: int) -> tuple[list[int], list[int]]:
