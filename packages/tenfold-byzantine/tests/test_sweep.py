@@ -273,7 +273,7 @@ def test_resuming_refuses_what_changed(tmp_path):
     path.write_text("{}\n" + path.read_text())
     with pytest.raises(ConfigError, match=r"games\.jsonl, line 1 is damaged"):
         Sweep(plan(), tmp_path).table()
-    with pytest.raises(ConfigError, match="shard 5/3 does not exist"):
+    with pytest.raises(ConfigError, match="shard 4/3 does not exist"):
         Sweep(plan(), tmp_path).run(Roster(), shard=(4, 3))
     with pytest.raises(ConfigError, match="says not where"):
         Sweep(plan())

@@ -5,7 +5,7 @@ The folder of a sweep:
     sweep.json               the plan; a later call must agree with it
     games.jsonl              one row per finished game, with its times
     events/<game>.jsonl      the games themselves, unless they are not kept
-    shard-1-of-4/            the same two of one shard
+    shard-0-of-4/            the same two of one shard
     table.csv                the result table: rows in the plan's order, without times
 
 A game that is cut off is played again. Games whose backend failed are played again by the next
@@ -251,7 +251,7 @@ class Sweep:
 
     def _shard_folder(self, shard: tuple[int, int]) -> Path:
         index, count = shard
-        return self.folder if count == 1 else self.folder / f"shard-{index + 1}-of-{count}"
+        return self.folder if count == 1 else self.folder / f"shard-{index}-of-{count}"
 
     def _record(self, *, resume: bool) -> None:
         """Writes the plan, or compares it with the one that is there."""
@@ -380,7 +380,7 @@ def _share(
 def _check_shard(shard: tuple[int, int]) -> None:
     index, count = shard
     if count < 1 or not 0 <= index < count:
-        raise ConfigError(f"shard {index + 1}/{count} does not exist; use 1/{max(count, 1)} ...")
+        raise ConfigError(f"shard {index}/{count} does not exist; write I/K with 0 <= I < K")
 
 
 def _plain(value: Any) -> Any:
