@@ -175,6 +175,32 @@ def test_logistic_with_an_empty_cell_is_finite_with_the_penalty_only():
         st.logistic(y, {**x, "same": x["x"]})
 
 
+def test_logistic_of_columns_that_nearly_repeat_each_other_converges():
+    """Small cells over 8 + B agents, some without a failure: no step away from the
+    estimate makes the penalised likelihood larger."""
+    valid = {0: (2, 2), 1: (2, 2), 2: (2, 2), 3: (1, 2), 4: (1, 2)}
+    y, b, n = [], [], []
+    for faults, (good, games) in valid.items():
+        y += [True] * good + [False] * (games - good)
+        b += [float(faults)] * games
+        n += [math.log2(8 + faults)] * games
+    found = np.array([e.value for e in st.logistic(y, {"log2 N": n, "B": b})])
+    x = np.column_stack([np.ones(len(y)), n, b])
+
+    def penalised(beta):
+        eta = x @ beta
+        p = 1 / (1 + np.exp(-eta))
+        information = x.T @ (x * (p * (1 - p))[:, None])
+        return (np.array(y) @ eta - np.logaddexp(0, eta).sum()
+                + 0.5 * np.linalg.slogdet(information)[1])  # fmt: skip
+
+    best = penalised(found)
+    draw = np.random.default_rng(0)
+    for size in (1e-3, 1e-2, 0.1):
+        steps = draw.normal(size=(200, 3)) * size
+        assert all(penalised(found + step) <= best + 1e-9 for step in steps)
+
+
 def test_fisher_power_equals_enumeration_with_scipy():
     n, p0, p1 = 9, 0.8, 0.2
     total = 0.0

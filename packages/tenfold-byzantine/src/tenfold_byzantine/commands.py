@@ -60,7 +60,7 @@ def run(
         "value_range": list(value_range) or None, "quota": quota, "awareness": awareness,
         "topology": topology, "seed": seed,
     }  # fmt: skip
-    config = _one_game(file, given, honest, byzantine)
+    config = _one_game(file, given, honest, byzantine, quota)
     with backends(model) as model_of:
         cast = Roster(model_of, unsafe=unsafe).cast(config)
         log = None
@@ -86,7 +86,11 @@ def run(
 
 
 def _one_game(
-    file: str | None, given: Mapping[str, Any], honest: str | None, byzantine: str | None
+    file: str | None,
+    given: Mapping[str, Any],
+    honest: str | None,
+    byzantine: str | None,
+    quota: str | None,
 ) -> GameConfig:
     """A game file's settings below those of the command line."""
     table: dict[str, Any] = {}
@@ -94,9 +98,12 @@ def _one_game(
     if file is not None:
         path = Path(file).expanduser()
         table, folder = read_toml(path, "game"), path.parent
-    game = {**table.get("game", {}), **{k: v for k, v in given.items() if v is not None}}
-    if isinstance(game.get("quota"), str) and game["quota"].isdecimal():
-        game["quota"] = int(game["quota"])
+    game: dict[str, Any] = {
+        **table.get("game", {}),
+        **{k: v for k, v in given.items() if v is not None},
+    }
+    if quota is not None and quota.isdecimal():
+        game["quota"] = int(quota)
     if byzantine is not None and "n_byzantine" not in game:
         raise ConfigError("--byzantine names a policy, but there is no Byzantine agent",
                           hint="add --n-byzantine 2")  # fmt: skip

@@ -307,8 +307,11 @@ def logistic(
             f"the columns {', '.join(columns)} determine each other over these {len(y)} games",
             hint="leave out a column that is constant or a combination of others",
         )
-    beta, information = _fit(x, y, firth=firth)
-    errors = np.sqrt(np.diag(np.linalg.inv(information)))
+    # Columns of one size make Newton's steps and the check for separation mean the same for all.
+    scale = np.concatenate([[1.0], np.abs(x[:, 1:]).max(axis=0)])
+    beta, information = _fit(x / scale, y, firth=firth)
+    errors = np.sqrt(np.diag(np.linalg.inv(information))) / scale
+    beta = beta / scale
     z = normal_quantile(confidence)
     return [
         Effect(
@@ -350,7 +353,7 @@ def _fit(x: np.ndarray, y: np.ndarray, *, firth: bool) -> tuple[np.ndarray, np.n
         beta, value = beta + step, better
         if np.abs(step).max() < 1e-10:
             return beta, _information(x, beta)
-        if np.abs(beta).max() > 50:
+        if not firth and np.abs(x @ beta).max() > 50:
             break
     raise ConfigError(
         "the logistic regression has no finite estimate: a column separates successes from failures"

@@ -187,10 +187,10 @@ def effects(cells: Sequence[Cell]) -> list[Effect]:
     used = [cell for cell in cells if cell.games]
     if len(used) < 2:
         return []
-    named: dict[str, list[float]] = {
-        "log2 N": [_log2(sum(cell.agents)) for cell in used],
-        "B": [float(cell.agents[1]) for cell in used],
-    }
+    named: dict[str, list[float]] = {"B": [float(cell.agents[1]) for cell in used]}
+    # With one number of honest agents N says what B says, only bent.
+    if len({cell.agents[0] for cell in used}) > 1:
+        named = {"log2 N": [_log2(sum(cell.agents)) for cell in used], **named}
     for path in sorted({p for cell in used for p in cell.coordinates}):
         if path in ("game.n_honest", "game.n_byzantine"):
             continue
