@@ -48,7 +48,9 @@ class Cast:
         self.contexts: dict[Role, Context] = {role: config.context(role) for role in roles}
         self.kept_lines = max(context.stored_rounds for context in self.contexts.values())
         # Nothing to draw where every agent plays the same.
-        self.alike = not config.n_byzantine and len(_distinct(self.seats["honest"])) == 1
+        honest = self.seats["honest"]
+        self.alike = not config.n_byzantine and len(_distinct(honest)) == 1
+        self.groups = [(honest[0], list(range(len(honest))))]
 
     def _check(self) -> None:
         allowed = self.config.threat.powers

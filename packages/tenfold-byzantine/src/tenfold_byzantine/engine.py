@@ -8,7 +8,8 @@ games can share one call (`play_many`) and a recorded game can be played again (
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +71,14 @@ class Game:
         ConfigError: players and settings do not fit together (see `Cast`).
     """
 
+    def __new__(cls, config: GameConfig, *args: Any, **named: Any) -> Game:
+        """An asynchronous game where the settings ask for one."""
+        if cls is Game and config.schedule != "synchronous":
+            from tenfold_byzantine.asynchronous import AsynchronousGame
+
+            return object.__new__(AsynchronousGame)
+        return object.__new__(cls)
+
     def __init__(
         self,
         config: GameConfig,
@@ -93,7 +102,7 @@ class Game:
     def _deal(self) -> None:
         """Roles, groups and initial values (spec, 2.2)."""
         config, cast, n = self.config, self.cast, self.rules.agents
-        byzantine, honest = self._seats()
+        byzantine, honest = ([], list(range(n))) if cast.alike else self.dealt(config, self.seed)
         self.roles: tuple[Role, ...] = ("honest",) * n
         self.policies: list[Policy] = list(cast.seats["honest"])
         if not cast.alike:
@@ -108,14 +117,12 @@ class Game:
             drawn = initial_values(self.seed, honest, config.low, config.high)
         self.initial: tuple[int | None, ...] = tuple([drawn.get(a) for a in range(n)])
         self._byzantine = sorted(byzantine)
-        self._groups = _grouped(self.policies, range(n))
+        self._groups = cast.groups if cast.alike else grouped(self.policies, range(n))
 
-    def _seats(self) -> tuple[list[int], Sequence[int]]:
-        """Byzantine agents, and the others in the order of their seats."""
-        config, n = self.config, self.rules.agents
-        if self.cast.alike:
-            return [], range(n)
-        byzantine, honest = seats(self.seed, n, config.n_byzantine)
+    @staticmethod
+    def dealt(config: GameConfig, seed: int) -> tuple[list[int], list[int]]:
+        """Byzantine agents, and honest ones in the order in which groups are dealt."""
+        byzantine, honest = seats(seed, config.agents, config.n_byzantine)
         fixed = config.byzantine_agents
         if fixed is not None:
             honest = [a for a in (*byzantine, *honest) if a not in fixed]
@@ -177,7 +184,7 @@ class Game:
         if self.phase == "decide" and "rushing" in self.rules.powers and self._byzantine:
             late = bool(self._proposals)
             agents = [a for a, role in enumerate(self.roles) if (role == "byzantine") == late]
-            groups = _grouped(self.policies, agents)
+            groups = grouped(self.policies, agents)
         inbox, inboxes, histories = self._inbox, self._inboxes, self._histories
         lines = self._history
         asked: Asked = []
@@ -260,6 +267,8 @@ class Game:
             ConfigError: not the answers that were asked for, or one that no agent may give; the
                 game stays where it was.
         """
+        if self.finished:
+            raise ConfigError(f"game {self.game_id} is finished; it takes no more answers")
         asked = self.pending()
         if len(answers) != len(asked):
             raise ConfigError(f"{len(asked)} policies were asked, {len(answers)} answered")
@@ -413,13 +422,15 @@ class Game:
         spoken = tuple([m for m in said if m is not None])
         hears_ = self._hears
         self.counters["messages"] += sum([len(hears_[m.sender]) for m in spoken])
-        versions = {a: self._versions(a, proposals[a]) for a in special if proposals[a].to}
+        versions = {
+            a: self._versions(a, self.round, proposals[a]) for a in special if proposals[a].to
+        }
         if self.rules.complete and not versions:
             self._inbox, self._inboxes = spoken, None
             self._exposed.append(None)
             self._remember(spoken)
             if self._log is not None:
-                self._log.delivered(self, spoken)
+                self._log.delivered(self, self.round, spoken)
             return
         if self._mail is None:
             self._mail = Mail(self._neighbours, self.config.links, self.seed)
@@ -428,10 +439,10 @@ class Game:
         self.counters["lost"] += len(delivered.lost)
         self._inboxes = delivered.inboxes
         self._exposed.append([self._said_by_byzantine(box) for box in delivered.inboxes])
-        self._extras.append((self.round, -1, "inboxes", [_seen(b) for b in delivered.inboxes]))
+        self._extras.append((self.round, -1, "inboxes", [seen(b) for b in delivered.inboxes]))
         self._remember_apart(delivered.inboxes)
         if self._log is not None:
-            self._log.delivered_apart(self, delivered)
+            self._log.delivered_apart(self, self.round, delivered)
 
     def _said_by_byzantine(self, inbox: Inbox) -> frozenset[int]:
         roles = self.roles
@@ -439,13 +450,13 @@ class Game:
             m.value for m in inbox if roles[m.sender] == "byzantine" and m.value is not None
         )
 
-    def _versions(self, agent: int, proposal: Proposal) -> dict[int, Message | None]:
+    def _versions(self, agent: int, round_: int, proposal: Proposal) -> dict[int, Message | None]:
         """What an equivocating agent says to some receivers instead; None is silence."""
         chars = self.cast.contexts[self.roles[agent]].message_chars
         return {
             receiver: None
             if value is None and proposal.payload is None
-            else Message(agent, self.round, value, text[:chars], proposal.payload)
+            else Message(agent, round_, value, text[:chars], proposal.payload)
             for receiver, (value, text) in sorted(proposal.to.items())
         }
 
@@ -470,7 +481,10 @@ class Game:
         for agent in sorted(ballots):
             self._take_ballot(agent, self.round, ballots[agent])
         row = tuple([votes[a] for a in range(self.rules.agents)])
-        if not self._tally(row, ballots):
+        if self._log is not None:
+            for agent, vote in enumerate(row):
+                self._log.voted(self, self.round, agent, vote, ballots.get(agent))
+        if not self._tally(row):
             self.round += 1
             self.phase = "decide"
 
@@ -482,7 +496,7 @@ class Game:
         rest = (ballot.memory, bool(ballot.forced), _digests(ballot.attempts))
         self._extras.append((round_, agent, "vote", *rest))
 
-    def _tally(self, votes: tuple[Vote, ...], ballots: Mapping[int, Ballot]) -> bool:
+    def _tally(self, votes: tuple[Vote, ...]) -> bool:
         """Counts the votes of a round; whether the game ends (spec, 2.3 step 5)."""
         self.vote_rows.append(votes)
         if self._electorates is None:
@@ -494,7 +508,7 @@ class Game:
             )
         self._seal(len(self.vote_rows))
         if self._log is not None:
-            self._log.voted(self, len(self.vote_rows), votes, ballots, stop)
+            self._log.tallied(self, len(self.vote_rows), votes, stop)
         if stop or len(self.vote_rows) == self.rules.max_rounds:
             self.stopped = stop
             self._finish()
@@ -534,6 +548,18 @@ class Game:
         self.held_rows, self.proposed_rows = self.held_rows[:rounds], self.proposed_rows[:rounds]
         self.texts = self.texts[:rounds]
         self._finish()
+        if self._log is not None:
+            self._log.flush()
+
+    @contextmanager
+    def held_log(self) -> Iterator[None]:
+        """Keeps events back until the block is left."""
+        if self._log is None:
+            yield
+            return
+        self._log.hold(True)
+        yield
+        self._log.hold(False)
 
     def _finish(self) -> None:
         self.finished = True
@@ -586,7 +612,7 @@ class Game:
         )
 
 
-def _grouped(policies: Sequence[Policy], agents: Sequence[int]) -> list[tuple[Policy, list[int]]]:
+def grouped(policies: Sequence[Policy], agents: Sequence[int]) -> list[tuple[Policy, list[int]]]:
     """Agents by policy, in order of each policy's first agent."""
     groups: dict[int, tuple[Policy, list[int]]] = {}
     for agent in agents:
@@ -597,9 +623,10 @@ def _grouped(policies: Sequence[Policy], agents: Sequence[int]) -> list[tuple[Po
     return list(groups.values())
 
 
-def _digests(attempts: Sequence[Attempt]) -> list[tuple[str, str, str, int]]:
-    return [(a.digest, a.text, a.rejected, a.tokens) for a in attempts]
+def _digests(attempts: Sequence[Attempt]) -> list[tuple[str, str, int]]:
+    return [(a.text, a.rejected, a.tokens) for a in attempts]
 
 
-def _seen(inbox: Inbox) -> list[tuple[int, int, int | None]]:
+def seen(inbox: Inbox) -> list[tuple[int, int, int | None]]:
+    """What the state hash knows of an inbox."""
     return [(m.sender, m.sent_round, m.value) for m in inbox]

@@ -41,23 +41,20 @@ class EventSink(Protocol):
         """An agent's answer to phase decide."""
         ...
 
-    def delivered(self, game: Game, messages: Sequence[Message]) -> None:
+    def delivered(self, game: Game, round_: int, messages: Sequence[Message]) -> None:
         """A round's messages, heard by everybody."""
         ...
 
-    def delivered_apart(self, game: Game, delivered: Delivered) -> None:
+    def delivered_apart(self, game: Game, round_: int, delivered: Delivered) -> None:
         """A round's messages where receivers do not all get the same."""
         ...
 
-    def voted(
-        self,
-        game: Game,
-        round_: int,
-        votes: Sequence[Vote],
-        ballots: Mapping[int, Ballot],
-        stop: bool,
-    ) -> None:
-        """All votes of a round, which then ends."""
+    def voted(self, game: Game, round_: int, agent: int, vote: Vote, ballot: Ballot | None) -> None:
+        """An agent's vote; `ballot` where there is more to it."""
+        ...
+
+    def tallied(self, game: Game, round_: int, votes: Sequence[Vote], stop: bool) -> None:
+        """All votes of a round are counted, and the round ends."""
         ...
 
     def end(self, game: Game, result: GameResult) -> None:
@@ -68,13 +65,16 @@ class EventSink(Protocol):
         """A phase is over: what came until now must survive the process."""
         ...
 
+    def hold(self, held: bool) -> None:
+        """While held, flushing waits: a resumed game repeats what its file already has."""
+        ...
+
 
 class EventWriter:
     """Makes the lines of the log; where they go is `write`'s business.
 
     Args:
-        keep_prompts: `full` prompts, only their `hash`, or `none`: nothing about calls but their
-            answers.
+        keep_prompts: `full` prompts, only their `hash`, or `none`.
     """
 
     def __init__(self, keep_prompts: KeepPrompts = "hash") -> None:
@@ -130,19 +130,19 @@ class EventWriter:
             fields["clamped"] = True
         self.add("proposal", **fields)
 
-    def delivered(self, game: Game, messages: Sequence[Message]) -> None:
+    def delivered(self, game: Game, round_: int, messages: Sequence[Message]) -> None:
         """One `deliver` event per sender, heard by `all`."""
         for m in messages:
             self.add(
                 "deliver",
-                round=game.round,
+                round=round_,
                 sender=m.sender,
                 receivers="all",
                 sent_round=m.sent_round,
                 value=m.value,
             )
 
-    def delivered_apart(self, game: Game, delivered: Delivered) -> None:
+    def delivered_apart(self, game: Game, round_: int, delivered: Delivered) -> None:
         """One `deliver` event per sender and version, with its receivers; `drop` where lost."""
         versions: dict[str, tuple[Message, list[int]]] = {}
         for receiver, m in delivered.arrivals:
@@ -153,35 +153,29 @@ class EventWriter:
         ):
             self.add(
                 "deliver",
-                round=game.round,
+                round=round_,
                 sender=m.sender,
                 receivers=receivers,
                 sent_round=m.sent_round,
                 value=m.value,
             )
         for sender, receiver in sorted(delivered.lost):
-            self.add("drop", round=game.round, sender=sender, receiver=receiver)
+            self.add("drop", round=round_, sender=sender, receiver=receiver)
 
-    def voted(
-        self,
-        game: Game,
-        round_: int,
-        votes: Sequence[Vote],
-        ballots: Mapping[int, Ballot],
-        stop: bool,
-    ) -> None:
-        """`vote` per agent, `tally`, `round_end`."""
-        for agent, vote in enumerate(votes):
-            ballot = ballots.get(agent)
-            fields: dict[str, Any] = {"round": round_, "agent": agent, "vote": vote}
-            if ballot is not None:
-                if ballot.attempts:
-                    self._attempts(round_, "vote", agent, ballot.attempts)
-                if ballot.memory is not None:
-                    fields["memory"] = ballot.memory
-                if ballot.forced:
-                    fields["forced"] = True
-            self.add("vote", **fields)
+    def voted(self, game: Game, round_: int, agent: int, vote: Vote, ballot: Ballot | None) -> None:
+        """Calls and the `vote` that came of them."""
+        fields: dict[str, Any] = {"round": round_, "agent": agent, "vote": vote}
+        if ballot is not None:
+            if ballot.attempts:
+                self._attempts(round_, "vote", agent, ballot.attempts)
+            if ballot.memory is not None:
+                fields["memory"] = ballot.memory
+            if ballot.forced:
+                fields["forced"] = True
+        self.add("vote", **fields)
+
+    def tallied(self, game: Game, round_: int, votes: Sequence[Vote], stop: bool) -> None:
+        """`tally` and `round_end`."""
         self.add(
             "tally",
             round=round_,
@@ -193,6 +187,7 @@ class EventWriter:
             "round_end",
             round=round_,
             held=game.held_rows[round_ - 1],
+            said=game.proposed_rows[round_ - 1],
             blocs=_blocs(game.held_rows[round_ - 1]),
             state=game.state_hashes[round_ - 1],
         )
@@ -242,6 +237,9 @@ class EventWriter:
     def flush(self) -> None:
         """Nothing to do: the lines stay in memory."""
 
+    def hold(self, held: bool) -> None:
+        """Nothing to do."""
+
 
 class EventLog(EventWriter):
     """A game's event file.
@@ -258,7 +256,7 @@ class EventLog(EventWriter):
         self.part = part_of(self.path)
         self._file: TextIO | None = None
         self._ended = False
-        self.held_back = False
+        self._held = False
 
     def end(self, game: Game, result: GameResult) -> None:
         """`game_end`; the next flush gives the file its name."""
@@ -266,27 +264,36 @@ class EventLog(EventWriter):
         self._ended = True
 
     def flush(self) -> None:
-        """Writes what came since the last time; a finished game's file gets its name.
-
-        While `held_back`, nothing is written: a resumed game repeats what the file already has,
-        and must not take it away before it has as much.
-        """
-        if self.held_back:
+        """Writes what came since the last time; a finished game's file gets its name."""
+        if self._held:
             return
         with disk_full_is_an_error(self.path):
             if self._file is None:
-                # Not over the file of a killed run, which is all that is left of it: beside it
-                # and renamed, in one step, once as much as before is written.
-                self.part.parent.mkdir(parents=True, exist_ok=True)
-                fresh = self.part.with_name(self.part.name + ".new")
-                self._file = fresh.open("w", encoding="ascii", newline="\n")
-                self._write()
-                fresh.replace(self.part)
+                self._open()
             else:
                 self._write()
             if self._ended:
                 self.close()
                 self.part.replace(self.path)
+
+    def hold(self, held: bool) -> None:
+        """While held, nothing is written; the end of it writes all that waited."""
+        self._held = held
+        if not held and self.lines:
+            self.flush()
+
+    def _open(self) -> None:
+        if not self.part.exists():
+            self.part.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.part.open("w", encoding="ascii", newline="\n")
+            self._write()
+            return
+        # Not over the file of a killed game, which is all that is left of it: beside it, and
+        # renamed once as much as before is written.
+        fresh = self.part.with_name(self.part.name + ".new")
+        self._file = fresh.open("w", encoding="ascii", newline="\n")
+        self._write()
+        fresh.replace(self.part)
 
     def _write(self) -> None:
         assert self._file is not None

@@ -124,7 +124,8 @@ def play_many(
         if not active:
             return
         rounds = [len(game.vote_rows) for game in active]
-        _wave(active, raise_errors)
+        # A resumed game may already be over.
+        _wave([game for game in active if not game.finished], raise_errors)
         if on_round is not None:
             for game, before in zip(active, rounds, strict=True):
                 if game.finished or len(game.vote_rows) != before:
@@ -178,7 +179,7 @@ def _call(policy: Policy, phase: str, views: list[View]) -> list[Any]:
 def _submit(game: Game, replies: list[Any], raise_errors: bool) -> None:
     try:
         game.submit(replies)
-    except Exception as error:
+    except ConfigError as error:  # an answer that no agent may give; a full disk ends everything
         if raise_errors:
             raise
         game.fail(_said(error))

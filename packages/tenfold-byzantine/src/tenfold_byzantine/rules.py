@@ -25,7 +25,7 @@ from tenfold_byzantine.networks import Links, Topology
 from tenfold_byzantine.tables import Table
 
 AWARENESS = ("may_exist", "none_exist", "minimal", "standard", "detailed")
-SCHEDULES = ("synchronous",)
+SCHEDULES = ("synchronous", "fifo", "random", "adversarial")
 Abstain = Literal["silent", "repeat"]
 Quota = str | int | float
 
