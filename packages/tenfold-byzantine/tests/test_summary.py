@@ -113,6 +113,8 @@ def test_comparison_pairs_replicates(rows):
     assert found.paired.p == pytest.approx(2 / 32)
     assert found.difference is not None
     assert found.difference.value == pytest.approx(-5 / 8)
+    ways = [dict(r, course="a" if i < 11 else "b") for i, r in enumerate(rows)]
+    assert compare(collect(ways))[0].same == 3
     assert compare(collect(rows), paired=False)[0].paired is None
 
 

@@ -179,13 +179,23 @@ def comparison_blocks(
                 f"{c.p_holm:.4g}",
                 None if c.paired is None else f"{c.paired.only_first} : {c.paired.only_second}",
                 None if c.paired is None else f"{c.paired.p:.4g}",
+                None if c.paired is None else f"{c.same} of {c.paired.pairs}",
             ]
         )
     yield Table(
-        ["cell", "valid, points", "Fisher p", "Holm p", "only here : only base", "McNemar p"],
+        [
+            "cell",
+            "valid, points",
+            "Fisher p",
+            "Holm p",
+            "only here : only base",
+            "McNemar p",
+            "same course",
+        ],
         rows,
         caption=f"Against {cells[base].label}: difference with Newcombe's interval; Fisher's exact "
-        "test, adjusted for the family; McNemar's exact test over games of one seed.",
+        "test, adjusted for the family; McNemar's exact test over games of one "
+        "seed, and how many of those went the same way.",
     )
     found = effects(cells)
     if found:

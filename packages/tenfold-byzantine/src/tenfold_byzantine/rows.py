@@ -15,6 +15,7 @@ from typing import Any
 
 from tenfold.errors import ConfigError
 from tenfold.files import replacing, write_text
+from tenfold.seeds import content_hash
 
 from tenfold_byzantine.result import GameResult
 
@@ -23,7 +24,7 @@ Row = dict[str, Any]
 COLUMNS = (
     "sweep", "game_id", "cell", "replicate", "seed", "n_honest", "n_byzantine", "max_rounds",
     "outcome", "rounds", "first_unanimous", "decided", "properties", "flags", "metrics", "counters",
-    "error", "state_hash",
+    "error", "course", "state_hash",
 )  # fmt: skip
 """Keys of a row, in order."""
 
@@ -44,7 +45,8 @@ def game_row(
         sweep: what it is part of.
 
     `decided` is the value all honest agents hold at the end, None where they differ;
-    `first_unanimous` the first round in which they held one value, whatever it was.
+    `first_unanimous` the first round in which they held one value, whatever it was. `course` is
+    a hash of roles, values and votes alone: equal for games that went the same way, whoever played.
     """
     game = result.settings.get("game", result.settings)
     honest = result.honest
@@ -68,6 +70,9 @@ def game_row(
         "metrics": dict(result.metrics),
         "counters": dict(result.counters),
         "error": result.error,
+        "course": content_hash(
+            [result.roles, result.initial, result.held, result.proposed, result.votes]
+        ),
         "state_hash": result.state_hash,
     }
 

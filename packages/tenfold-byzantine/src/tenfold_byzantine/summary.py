@@ -76,6 +76,7 @@ class Cell:
     counters: Counter[str] = field(default_factory=Counter)
     agents: tuple[int, int] = (0, 0)
     safety_failures: int = 0
+    courses: dict[int, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -125,6 +126,7 @@ class Cell:
         valid = kind == "VALID"
         self.outcomes[row["outcome"]] += 1
         self.valid_by_replicate[row["replicate"]] = valid
+        self.courses[row["replicate"]] = row["course"]
         self.times.append(row["rounds"] if valid else max(row["max_rounds"], row["rounds"]))
         self.observed.append(valid)
         self.properties.update(n for n in PROPERTIES if row["properties"].get(n))
@@ -156,6 +158,7 @@ class Comparison:
         p: Fisher's exact test.
         p_holm: adjusted for all comparisons with the base.
         paired: McNemar's test over common replicates, which share seeds; None without any.
+        same: common replicates whose games went the same way: equal roles, values and votes.
     """
 
     cell: Cell
@@ -163,6 +166,7 @@ class Comparison:
     p: float
     p_holm: float
     paired: Paired | None
+    same: int = 0
 
 
 def compare(cells: Sequence[Cell], base: int = 0, *, paired: bool = True) -> list[Comparison]:
@@ -175,7 +179,9 @@ def compare(cells: Sequence[Cell], base: int = 0, *, paired: bool = True) -> lis
         pairs = mcnemar(cell.valid_by_replicate, reference.valid_by_replicate) if paired else None
         if pairs is not None and not pairs.pairs:
             pairs = None
-        out.append(Comparison(cell, newcombe(cell.valid, reference.valid), p, adjusted, pairs))
+        same = sum(reference.courses.get(r) == course for r, course in cell.courses.items())
+        difference = newcombe(cell.valid, reference.valid)
+        out.append(Comparison(cell, difference, p, adjusted, pairs, same))
     return out
 
 
@@ -278,3 +284,5 @@ def comparison_metrics(comparisons: Iterable[Comparison]) -> Iterator[Metric]:
         yield Metric("fisher_p_holm", c.p_holm, n, None, None, "", group)
         if c.paired is not None:
             yield Metric("mcnemar_p", c.paired.p, c.paired.pairs, None, None, "", group)
+            share = c.same / c.paired.pairs
+            yield Metric("same_course_as_base", share, c.paired.pairs, None, None, "", group)

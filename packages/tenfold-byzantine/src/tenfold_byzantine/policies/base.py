@@ -174,8 +174,8 @@ def votes_stop(view: View, q: float | None = None) -> bool:
     values = view.values()
     if not values:
         return False
-    top, _ = plurality(values)
-    heard = len(values)
+    heard, first = len(values), values[0]
+    top = heard if values.count(first) == heard else max(map(values.count, set(values)))
     if q is not None:
         return top >= q * heard
     silent = max(len(view.neighbours) + 1 - heard, 0)

@@ -27,25 +27,21 @@ def constant(n: int, low: int = 0, high: int = 50) -> Fraction:
 def mean(n: int, low: int = 0, high: int = 50, rounding: str = "half-up") -> Fraction:
     """That the rounded mean of n uniform values is one of them.
 
-    For every result c, the tuples without c whose sum rounds to c are counted by convolution.
+    For every result c, the tuples without c whose sum rounds to c are counted by convolution:
+    powers of a polynomial whose coefficients are digits of one long integer.
     """
     k = high - low + 1
+    bits = (k**n).bit_length()  # no coefficient is larger
+    digit = (1 << bits) - 1
+    full = sum(1 << bits * v for v in range(k))
     misses = 0
     for c in range(k):
-        sums = [1]
-        for _ in range(n):
-            grown = [0] * (len(sums) + k - 1)
-            for total, ways in enumerate(sums):
-                if ways:
-                    for v in range(k):
-                        if v != c:
-                            grown[total + v] += ways
-            sums = grown
+        sums = (full - (1 << bits * c)) ** n
         if rounding == "floor":
             first, last = n * c, n * (c + 1)
         else:  # n c - n/2 <= sum < n c + n/2
             first, last = -((n - 2 * n * c) // 2), -((-n - 2 * n * c) // 2)
-        misses += sum(sums[max(first, 0) : max(last, 0)])
+        misses += sum(sums >> bits * total & digit for total in range(max(first, 0), last))
     return 1 - Fraction(misses, k**n)
 
 

@@ -107,16 +107,14 @@ class CommonRule(OneRound):
         seen: dict[int, Proposal] = {}
         proposals = []
         for view in views:
-            if view.round == 1 or not view.inbox:
-                proposals.append(says(current(view)))
-                continue
-            proposal = seen.get(id(view.inbox))
+            inbox = view.inbox
+            proposal = seen.get(id(inbox)) if view.round > 1 else None
             if proposal is None:
-                values = view.values()
-                if not values:
-                    proposals.append(says(current(view)))
-                    continue
-                proposal = seen[id(view.inbox)] = says(self.pick(values, view.rules))
+                values = view.values() if view.round > 1 else None
+                if values:
+                    proposal = seen[id(inbox)] = says(self.pick(values, view.rules))
+                else:
+                    proposal = says(view.initial if view.held is None else view.held)
             proposals.append(proposal)
         return proposals
 
