@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from tenfold_byzantine.quick import speed_up
+
 Role = Literal["honest", "byzantine"]
 Phase = Literal["decide", "vote"]
 Vote = Literal["stop", "continue", "abstain"]
@@ -160,6 +162,7 @@ class Attempt:
         prompt_tokens: tokens read, 0 when unknown.
         seconds: its share of the call's wall time; never part of the state hash.
         scores: probability per option, for votes that were scored.
+        prompt_hash: stands for the prompts where a record does not keep them.
     """
 
     system: str
@@ -171,6 +174,15 @@ class Attempt:
     prompt_tokens: int = 0
     seconds: float = 0.0
     scores: Mapping[str, float] | None = None
+    prompt_hash: str = ""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the prompts."""
+        if self.prompt_hash:
+            return self.prompt_hash
+        text = f"{self.system}\x1e{self.user}"
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +225,10 @@ class Ballot:
     memory: Any = None
     attempts: tuple[Attempt, ...] = ()
     forced: bool = False
+
+
+for _record in (Message, RoundLine, View, Proposal, Ballot):
+    speed_up(_record)
 
 
 @runtime_checkable

@@ -91,6 +91,7 @@ class GameResult:
         counters: messages, calls, tokens, parse failures, retries, forced abstentions, clamps.
         error: what the backend said, for ERROR.backend.
         state_hash: SHA-256 of everything but times.
+        timing: seconds that players' calls took, per phase; not part of equality or hashes.
     """
 
     game_id: str
@@ -109,6 +110,7 @@ class GameResult:
     counters: Mapping[str, int] = field(default_factory=dict)
     error: str = ""
     state_hash: str = ""
+    timing: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def rounds(self) -> int:
