@@ -110,8 +110,10 @@ def test_commands_compute_in_the_type_that_is_asked_for(base, place, capsys):
     save_drafter(drafter_for(base.model, dtype=torch.float32), place / "drafter")
     texts = {}
     for dtype in ("float32", "float64"):
-        said = run(capsys, "generate", "target", "drafter", "--prompt", "def f1(", "--device",
-                   "cpu", "--tree-size", 4, "--max-new-tokens", 6, "--dtype", dtype, "--json")  # fmt: skip
+        said = run(
+            capsys, "generate", "target", "drafter", "--prompt", "def f1(", "--device", "cpu",
+            "--tree-size", 4, "--max-new-tokens", 6, "--dtype", dtype, "--json",
+        )  # fmt: skip
         texts[dtype] = json.loads(said.out)["token_ids"]
     assert texts["float32"] == texts["float64"]
     run(capsys, "verify", "target", "drafter", "--tree-size", 4, "--num-prompts", 1,
