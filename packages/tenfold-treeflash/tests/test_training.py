@@ -123,13 +123,14 @@ def test_a_block_sees_tokens_before_its_anchor_and_itself_only(target):
 # --- Loss -----------------------------------------------------------------------------------------
 
 
-def by_hand(target, drafter, ids, blocks, lam):
+def by_hand(target, drafter, ids, labels, blocks, lam):
     """The loss slot by slot, from full logits."""
     objective = DraftObjective(target, ObjectiveSettings(phase="treeflash"))
     states, marginal, corrected = objective.states(drafter, ids, None, blocks)
     weights = slot_weights(drafter.config.block_size, default_decay(drafter.config.block_size))
-    kl = ce = total = 0.0
+    means = []
     for b in range(ids.shape[0]):
+        kl = ce = total = 0.0
         for n in range(blocks.anchors.shape[1]):
             for k in range(1, drafter.config.block_size):
                 if not blocks.scored[b, n, k]:
@@ -141,28 +142,51 @@ def by_hand(target, drafter, ids, blocks, lam):
                 kl += weights[k] * F.kl_div(q, p, reduction="sum")
                 ce -= weights[k] * marginal_q[ids[b, at]]
                 total += weights[k]
-    return (1 - lam) * kl / total + lam * ce / total
+        means.append(((1 - lam) * kl + lam * ce) / total)
+    supervised = [int((row[1:] != IGNORED).sum()) for row in labels]
+    pairs = zip(supervised, means, strict=True)
+    return sum(n * mean for n, mean in pairs) / sum(supervised)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_the_loss_is_the_formula_for_every_chunk(target, chunk):
     drafter = drafter_for(target.model).train()
     ids = rows(2)
+    labels = ids.clone()
+    labels[1, :9] = IGNORED
     settings = ObjectiveSettings(phase="treeflash", anchors=3, marginal_weight=0.3, chunk=chunk)
     objective = DraftObjective(target, settings)
     objective.step = 4
-    loss, values = objective(drafter, batch_of(ids))
+    loss, values = objective(drafter, batch_of(ids, labels))
     gradients = torch.autograd.grad(loss, drafter.parameters())
     from tenfold.seeds import derive
 
     seeds = [derive(0, 4, row) for row in range(2)]
-    blocks = make_blocks(ids, ids, 3, drafter.config.block_size, seeds)
-    wanted = by_hand(target, drafter, ids, blocks, 0.3)
+    blocks = make_blocks(ids, labels, 3, drafter.config.block_size, seeds)
+    wanted = by_hand(target, drafter, ids, labels, blocks, 0.3)
     torch.testing.assert_close(loss, wanted.to(loss), rtol=1e-5, atol=1e-6)
     for got, own in zip(gradients, torch.autograd.grad(wanted, drafter.parameters()), strict=True):
         torch.testing.assert_close(got, own, rtol=1e-3, atol=1e-6)
     assert values["corrected-kl"] > 0
     assert 0 <= values["marginal-accuracy"] <= 1
+
+
+def test_a_batch_is_the_sum_of_its_parts(target):
+    """What makes the number of processes and of parts a matter of speed alone."""
+    drafter = drafter_for(target.model).train()
+    ids = rows(4, seed=3)
+    labels = ids.clone()
+    labels[0, 13:], labels[2, :7] = IGNORED, IGNORED
+    batch = batch_of(ids, labels)
+    objective = DraftObjective(target, ObjectiveSettings(phase="treeflash", anchors=3))
+    whole, _ = objective(drafter, batch)
+    counts, losses = [], []
+    for part in ([0], [1, 2], [3]):
+        loss, _ = objective(drafter, {name: values[part] for name, values in batch.items()})
+        losses.append(loss)
+        counts.append(int((labels[part][:, 1:] != IGNORED).sum()))
+    wanted = sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)
+    torch.testing.assert_close(whole, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_a_new_approximator_loses_what_its_backbone_loses(target):

@@ -111,8 +111,8 @@ def test_commands_compute_in_the_type_that_is_asked_for(base, place, capsys):
     texts = {}
     for dtype in ("float32", "float64"):
         said = run(
-            capsys, "generate", "target", "drafter", "--prompt", "def f1(", "--device", "cpu",
-            "--tree-size", 4, "--max-new-tokens", 6, "--dtype", dtype, "--json",
+            capsys, "generate", "target", "drafter", "--prompt", "def f1(", "--tree-size", 4,
+            "--max-new-tokens", 6, "--dtype", dtype, "--device", "cpu", "--json",
         )  # fmt: skip
         texts[dtype] = json.loads(said.out)["token_ids"]
     assert texts["float32"] == texts["float64"]

@@ -4,6 +4,9 @@
     L_marg = sum m w_k CE(q_k, x_{a+k}) / sum m w_k           w_k = exp(-(k - 1) / decay)
     L      = (1 - lambda) L_KL + lambda L_marg
 
+The sums run over a row's blocks; a batch's loss is the mean of its rows' by their supervised
+tokens. So the parts of a step add up to it whatever the number of processes and parts is.
+
 The corrected distribution reads the true token at slot `k - 1` (teacher forcing). Phase `dflash`
 trains the backbone on marginals alone.
 
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tenfold.errors import ConfigError
+from tenfold.lm.packing import IGNORED
 from tenfold.seeds import derive
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -109,7 +113,7 @@ class DraftObjective:
     def __call__(
         self, drafter: Any, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
-        """The batch's weighted mean over scored slots, and values to log."""
+        """The batch's mean loss (see the module), and values to log."""
         # Not the wrapper's own flag: DeepSpeed's engine says it trains while its module does not.
         network = getattr(drafter, "module", drafter)
         config, training = network.config, network.training
@@ -126,7 +130,9 @@ class DraftObjective:
         else:
             states, features = store.batch(rows, ids.shape[1], ids.device)
         marginal, corrected = self._draft(drafter, config, blocks, features)
-        return self._loss(config, blocks, states, marginal, corrected)
+        shares = labels[:, 1:].ne(IGNORED).sum(1).float()
+        shares = shares / shares.sum().clamp_min(1)
+        return self._loss(config, blocks, shares, states, marginal, corrected)
 
     def states(
         self, drafter: Any, ids: Tensor, mask: Tensor | None, blocks: Blocks
@@ -178,10 +184,12 @@ class DraftObjective:
         self,
         config: Any,
         blocks: Blocks,
+        shares: Tensor,
         states: Tensor,
         marginal: Tensor,
         corrected: Tensor | None,
     ) -> tuple[Tensor, dict[str, float]]:
+        """Loss and values; `shares [B]` of the rows."""
         settings, size = self.settings, blocks.tokens.shape[-1]
         decay = settings.decay or default_decay(config.block_size)
         weights = slot_weights(size, decay, states.device).expand_as(blocks.tokens)
@@ -190,8 +198,9 @@ class DraftObjective:
             return marginal.sum() * 0.0, {}
         row, block, slot = chosen.nonzero(as_tuple=True)
         before = blocks.positions[chosen] - 1
-        truth, weight = blocks.tokens[chosen], weights[chosen]
-        weight = weight / weight.sum()
+        truth = blocks.tokens[chosen]
+        sums = (weights * chosen).sum((1, 2))
+        weight = weights[chosen] * (shares / sums.clamp_min(1e-12))[row]
         totals = torch.zeros(5, dtype=torch.float32, device=states.device)
         for part in torch.arange(len(row), device=states.device).split(settings.chunk):
             inputs = [

@@ -166,6 +166,7 @@ def tenfold_trainers() -> list[ComponentSpec]:
             data={"dataset": ("sample", "prompt", "text")},
             modules=(*_HEAVY, "accelerate"),
             extras=_EXTRAS,
+            version=2,
         ),
     ]  # fmt: skip
 
