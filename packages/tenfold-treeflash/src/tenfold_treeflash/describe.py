@@ -63,6 +63,27 @@ DATASETS = [
     ),
 ]  # fmt: skip
 
+EVALUATORS = [
+    ComponentSpec(
+        "tree-sizes",
+        "tenfold_treeflash.tree_sizes:TreeSizes",
+        "One decoder with every tree size, taking turns: speed, tokens per round, time by stage",
+        params=(
+            Param("tree_sizes", "list[int]", (1, 2, 4, 8, 16, 32, 64), "nodes per round",
+                  minimum=1),
+            Param("max_new_tokens", "int", 64, "tokens per prompt", minimum=2),
+            Param("temperature", "float", 0.0, "0 decodes greedily", minimum=0.0),
+            Param("rounds", "int", 2, "timed turns per prompt, after an untimed one", minimum=1),
+            Param("max_prompt_tokens", "int", 512, "longer prompts keep their end", minimum=1),
+            Param("seed", "int", None, "of sampling; default: the run's"),
+        ),
+        requires={"model": ("generate", "grad", "tokenize")},
+        data={"dataset": ("prompt", "text")},
+        modules=("torch", "transformers"),
+        extras=("tenfold-treeflash",),
+    ),
+]  # fmt: skip
+
 PLACEMENT = (
     Param("device", "str", None, "torch device; default: cpu, or the run's"),
     Param("dtype", "str", None, "number type of the weights",

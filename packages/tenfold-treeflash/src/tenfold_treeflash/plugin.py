@@ -214,6 +214,7 @@ def tenfold_evaluators() -> list[ComponentSpec]:
             extras=_EXTRAS,
             version=2,
         ),
+        *describe.EVALUATORS,
     ]  # fmt: skip
 
 

@@ -88,3 +88,28 @@ def rounds_blocks(
                 "predicted path probability", "share of texts",
                 "How often the text went through a node, by the drafter's probability of its path.",
                 )  # fmt: skip
+
+
+def sizes_blocks(metrics: Sequence[Metric]) -> Iterator[Block]:
+    """Speed, tokens per round, and the time of a round by stage, over tree sizes."""
+    from tenfold.report import Heading, Lines
+
+    def points(name: str) -> list[tuple[float, float]]:
+        return [(float(m.group.partition("=")[2]), m.value) for m in metrics if m.name == name]
+
+    yield Heading("Tree sizes")
+    for name, label, caption in (
+        ("decode_tokens_per_second", "tokens/s", "Decoding after the first token, by tree size."),
+        ("block_efficiency", "tokens", "Tokens per round by tree size."),
+    ):
+        yield Lines({name: points(name)}, "nodes", label, caption, log_x=True)
+    stages = [m.name for m in metrics if m.name.endswith("_ms")]
+    total: dict[float, float] = {}
+    stacked: dict[str, list[tuple[float, float]]] = {}
+    for name in dict.fromkeys(stages):
+        for size, value in points(name):
+            total[size] = total.get(size, 0.0) + value
+        stacked[name.removesuffix("_ms")] = sorted(total.items())
+    yield Lines(stacked, "nodes", "ms per round",
+                "Time of a round, stage upon stage: each line adds its stage to the one below it.",
+                log_x=True)  # fmt: skip
