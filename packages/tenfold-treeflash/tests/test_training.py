@@ -13,6 +13,7 @@ from tenfold.lm.model import CausalLM
 from tenfold.lm.packing import IGNORED
 from tenfold.lm.tokenizer import train_bpe
 from tenfold.records import SampleRecord, TextRecord
+from tenfold.seeds import derive
 from tenfold.testing.context import FakeContext
 from tenfold_treeflash.anchors import make_blocks, sample_anchors, starts
 from tenfold_treeflash.checkpoints import load_drafter
@@ -110,14 +111,36 @@ def test_a_block_sees_tokens_before_its_anchor_and_itself_only(target):
     ids = rows(1)
     blocks = make_blocks(ids, ids, 5, drafter.config.block_size, [2])
     _, before, _ = objective.states(drafter, ids, None, blocks)
-    middle = int(blocks.anchors[0, 2])
-    for position, changes in ((middle + 1, False), (middle - 1, True)):
+    anchors = blocks.anchors[0].tolist()
+    for position in range(LENGTH):
         other = ids.clone()
         other[0, position] = (other[0, position] + 1) % VOCABULARY
         twin = make_blocks(other, other, 5, drafter.config.block_size, [2])
         _, after, _ = objective.states(drafter, other, None, twin)
-        same = torch.equal(before[0, 2], after[0, 2])
-        assert same != changes
+        for number, anchor in enumerate(anchors):
+            same = torch.allclose(before[0, number], after[0, number], rtol=0, atol=1e-9)
+            # Its context, and the anchor itself: neither later tokens nor other blocks' anchors.
+            assert same == (position > anchor)
+    alone = make_blocks(ids, ids, 5, drafter.config.block_size, [2])
+    for number in range(5):
+        only = type(alone)(*(part[:, number : number + 1] for part in
+                             (alone.anchors, alone.tokens, alone.scored)))  # fmt: skip
+        _, single, _ = objective.states(drafter, ids, None, only)
+        torch.testing.assert_close(single[0, 0], before[0, number], rtol=0, atol=1e-9)
+
+
+def test_frozen_parts_have_no_gradients(target):
+    drafter = drafter_for(target.model).train()
+    for name, parameter in drafter.named_parameters():
+        parameter.requires_grad_(name.startswith("ar_approximation."))
+    target.model.requires_grad_(False)
+    settings = ObjectiveSettings(phase="treeflash", anchors=3, marginal_weight=0.0)
+    loss, _ = DraftObjective(target, settings)(drafter, batch_of(rows(2)))
+    loss.backward()
+    target.model.requires_grad_(True)
+    assert all(p.grad is None for p in target.model.parameters())
+    for name, parameter in drafter.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("ar_approximation.")
 
 
 # --- Loss -----------------------------------------------------------------------------------------
@@ -159,8 +182,6 @@ def test_the_loss_is_the_formula_for_every_chunk(target, chunk):
     objective.step = 4
     loss, values = objective(drafter, batch_of(ids, labels))
     gradients = torch.autograd.grad(loss, drafter.parameters())
-    from tenfold.seeds import derive
-
     seeds = [derive(0, 4, row) for row in range(2)]
     blocks = make_blocks(ids, labels, 3, drafter.config.block_size, seeds)
     wanted = by_hand(target, drafter, ids, labels, blocks, 0.3)
@@ -169,6 +190,43 @@ def test_the_loss_is_the_formula_for_every_chunk(target, chunk):
         torch.testing.assert_close(got, own, rtol=1e-3, atol=1e-6)
     assert values["corrected-kl"] > 0
     assert 0 <= values["marginal-accuracy"] <= 1
+
+
+@torch.no_grad()
+def test_logged_values_are_those_of_every_slot(target):
+    """Means by weight and by depth, and the length of chains, from full logits."""
+    drafter = drafter_for(target.model).train()
+    ids, size = rows(2), drafter.config.block_size
+    objective = DraftObjective(target, ObjectiveSettings(phase="treeflash", anchors=9, chunk=5))
+    _, values = objective(drafter, batch_of(ids))
+    blocks = make_blocks(ids, ids, 9, size, [derive(0, 0, row) for row in range(2)])
+    states, marginal, corrected = objective.states(drafter, ids, None, blocks)
+    weights = slot_weights(size, default_decay(size)) * blocks.scored
+    weights = weights / weights.sum((1, 2), keepdim=True) / 2  # rows of equal length
+    hits, kls = [], []
+    for drafted in (marginal, corrected):
+        q = target.head(drafted).float().log_softmax(-1)
+        hits.append((q.argmax(-1) == blocks.tokens) & blocks.scored)
+    before = (blocks.positions - 1).clamp_max(LENGTH - 1)
+    for b in range(2):
+        p = target.head(states[b, before[b]]).float().softmax(-1)
+        kls.append(F.kl_div(q[b], p, reduction="none").sum(-1))
+    kl = torch.stack(kls) * blocks.scored
+    assert values["corrected-kl"] == pytest.approx(float((kl * weights).sum()), rel=1e-4)
+    for kind, hit in zip(("marginal", "corrected"), hits, strict=True):
+        wanted = float((hit * weights).sum())
+        assert values[f"{kind}-accuracy"] == pytest.approx(wanted, abs=1e-6)
+        lengths = []
+        for row in hit[blocks.scored[..., 1:].all(-1)].tolist():
+            length = 1
+            while length < size and row[length]:
+                length += 1
+            lengths.append(length)
+        assert len(lengths) > 5
+        assert values[f"{kind}-length"] == pytest.approx(sum(lengths) / len(lengths))
+    for depth in range(1, size):
+        wanted = float(kl[..., depth].sum() / blocks.scored[..., depth].sum())
+        assert values[f"corrected-kl@{depth}"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_batch_is_the_sum_of_its_parts(target):

@@ -201,7 +201,8 @@ class DraftObjective:
         truth = blocks.tokens[chosen]
         sums = (weights * chosen).sum((1, 2))
         weight = weights[chosen] * (shares / sums.clamp_min(1e-12))[row]
-        totals = torch.zeros(5, dtype=torch.float32, device=states.device)
+        totals = torch.zeros(3, dtype=torch.float32, device=states.device)
+        seen = torch.zeros((len(row), 4), dtype=torch.float32, device=states.device)
         for part in torch.arange(len(row), device=states.device).split(settings.chunk):
             inputs = [
                 marginal[row[part], block[part], slot[part]],
@@ -210,14 +211,16 @@ class DraftObjective:
                 truth[part],
                 weight[part],
             ]
-            totals = totals + checkpoint(self._terms, *inputs, use_reentrant=False)
-        kl, nll, marginal_kl, hit, hit_corrected = totals
+            sums, slots = checkpoint(self._terms, *inputs, use_reentrant=False)
+            totals = totals + sums
+            seen[part] = slots.detach()
+        kl, nll, marginal_kl = totals
         own = nll if settings.marginal_loss == "ce" else marginal_kl
         loss = own if corrected is None else (1 - settings.lam) * kl + settings.lam * own
-        values = {"marginal-nll": nll, "marginal-accuracy": hit}
-        if corrected is not None:
-            values |= {"corrected-kl": kl, "corrected-accuracy": hit_corrected}
-        return loss, {name: float(value.detach()) for name, value in values.items()}
+        table = seen.new_zeros((*chosen.shape, 4))
+        table[chosen] = seen
+        values = _values(table, chosen, weight, corrected=corrected is not None)
+        return loss, values
 
     def _terms(
         self,
@@ -226,32 +229,60 @@ class DraftObjective:
         states: Tensor,
         truth: Tensor,
         weight: Tensor,
-    ) -> Tensor:
-        """Weighted sums over a chunk: KL of the corrected, CE and KL of the marginal, weighted
-        shares of slots whose best token is the true one."""
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted sums over a chunk: KL of the corrected, CE and KL of the marginal; and per slot
+        `[n, 4]` CE and hit (the best token is the true one) of the marginal, KL and hit of the
+        corrected."""
         zero, kind = weight.new_zeros(()), states.dtype
 
         def head(x: Tensor) -> Tensor:
             return self.target.head(x.to(kind))
 
         q = head(marginal).float().log_softmax(-1)
-        nll = -(q.gather(-1, truth[:, None])[:, 0] * weight).sum()
-        hit = ((q.argmax(-1) == truth) * weight).sum()
+        nll = -q.gather(-1, truth[:, None])[:, 0]
+        hit = q.argmax(-1) == truth
         need_p = corrected is not None or self.settings.marginal_loss == "kl"
         p = None
         if need_p:
             with torch.no_grad():
                 p = head(states).float().log_softmax(-1)
-        kl = marginal_kl = hit_corrected = zero
+        kl = hit_corrected = torch.zeros_like(nll)
+        marginal_kl = zero
         if p is not None and self.settings.marginal_loss == "kl":
-            marginal_kl = _weighted_kl(p, q, weight)
+            marginal_kl = (_kl(p, q) * weight).sum()
         if p is not None and corrected is not None:
             q = head(corrected).float().log_softmax(-1)
-            kl = _weighted_kl(p, q, weight)
-            hit_corrected = ((q.argmax(-1) == truth) * weight).sum()
-        return torch.stack([kl, nll, marginal_kl, hit, hit_corrected])
+            kl = _kl(p, q)
+            hit_corrected = q.argmax(-1) == truth
+        sums = torch.stack([(kl * weight).sum(), (nll * weight).sum(), marginal_kl])
+        return sums, torch.stack([nll, hit.float(), kl, hit_corrected.float()], dim=-1)
 
 
-def _weighted_kl(p: Tensor, q: Tensor, weight: Tensor) -> Tensor:
-    """`sum weight KL(p || q)` of log-probabilities `[n, V]`."""
-    return (F.kl_div(q, p, reduction="none", log_target=True).sum(-1) * weight).sum()
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """`KL(p || q) [n]` of log-probabilities `[n, V]`."""
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+
+@torch.no_grad()
+def _values(table: Tensor, scored: Tensor, weight: Tensor, *, corrected: bool) -> dict[str, float]:
+    """What is logged, from CE, hit, KL, hit of slots `table [B, N, T, 4]` where `scored`.
+
+    Weighted means; `@k` for plain means at depth k; and `length`, the tokens per round of a chain
+    whose slots are right exactly where their best token (after the true one) is.
+    """
+    means = (table[scored] * weight[:, None]).sum(0).tolist()
+    counts = scored.sum((0, 1))
+    by_depth = (table.sum((0, 1)) / counts.clamp_min(1)[:, None])[1:]
+    chains = table[..., 1:, :].cumprod(-2).sum(-2) + 1
+    whole = scored[..., 1:].all(-1)
+    values: dict[str, float] = {}
+    kinds = [("marginal", "nll", 0)] + ([("corrected", "kl", 2)] if corrected else [])
+    for kind, name, column in kinds:
+        values[f"{kind}-{name}"] = means[column]
+        values[f"{kind}-accuracy"] = means[column + 1]
+        if bool(whole.any()):
+            values[f"{kind}-length"] = float(chains[whole][:, column + 1].mean())
+        for depth, value in enumerate(by_depth[:, column].tolist(), start=1):
+            if counts[depth]:
+                values[f"{kind}-{name}@{depth}"] = value
+    return values
