@@ -153,6 +153,12 @@ class DraftObjective:
         device = features.device
         network = getattr(drafter, "module", drafter)
         kind = network.dtype
+        learned = network.mask_embedding
+        if learned is not None and learned.numel() == 0:
+            raise ConfigError(
+                "the drafter's mask is a learned vector, which ZeRO-3 splits among processes "
+                "outside of its layers; use ZeRO-1 or 2, or a mask token (mask = an id)"
+            )
         anchors = blocks.tokens[..., 0]
         context = torch.arange(length, device=device).expand(rows, -1)
         positions = torch.cat([context, blocks.positions.flatten(1)], dim=1)
