@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+import training_cases as cases
 from safetensors.torch import load_file
 from tenfold.errors import ConfigError
 from tenfold.lm.model import CausalLM
 from tenfold.lm.packing import IGNORED
-from tenfold.lm.tokenizer import train_bpe
-from tenfold.records import SampleRecord, TextRecord
+from tenfold.records import SampleRecord
 from tenfold.seeds import derive
 from tenfold.testing.context import FakeContext
 from tenfold_treeflash.anchors import make_blocks, sample_anchors, starts
@@ -26,6 +26,7 @@ from tenfold_treeflash.objective import (
 )
 from tenfold_treeflash.target import Target
 from tenfold_treeflash.training import DrafterTrainer
+from training_cases import Samples, Texts, small_base
 from treeflash_cases import VOCABULARY, drafter_for, llama
 
 LENGTH = 20
@@ -274,48 +275,12 @@ def test_rows_without_supervised_tokens_have_no_loss(target):
 # --- The trainer ----------------------------------------------------------------------------------
 
 
-class Texts:
-    """A dataset of toy code."""
-
-    kind = "text"
-
-    def __init__(self, count=60):
-        self._records = [
-            TextRecord(id=str(i), text=f"def f{i % 7}(a, b):\n    return a + b + {i % 5}\n")
-            for i in range(count)
-        ]
-
-    def splits(self):
-        return ["train"]
-
-    def load(self, split="", limit=None, shuffle_seed=None):
-        return iter(self._records[:limit])
-
-    def fingerprint(self, split=""):
-        return f"texts-{len(self._records)}"
-
-
-class Samples(Texts):
-    """What a model wrote."""
-
-    kind = "sample"
-
-    def load(self, split="", limit=None, shuffle_seed=None):
-        for record in self._records[:limit]:
-            yield SampleRecord(id=record.id, prompt=record.text[:9], completion=record.text[9:])
-
-
 @pytest.fixture(scope="module")
 def base():
-    tokenizer = train_bpe((r.text for r in Texts().load()), 280)
-    model = llama(dtype=torch.float32, vocab_size=len(tokenizer), eos_token_id=0)
-    return CausalLM(model, tokenizer)
+    return small_base()
 
 
-SETTINGS = {
-    "layers": 1, "block_size": 5, "num_features": 2, "steps": 24, "steps_b": 16, "batch_size": 4,
-    "context_length": 24, "anchors": 6, "bf16": False, "eval_rows": 4, "learning_rate": 5e-3,
-}  # fmt: skip
+SETTINGS = cases.SETTINGS | {"steps": 24, "steps_b": 16}
 
 
 def last_losses(folder):
