@@ -73,6 +73,7 @@ class BatchDecoding:
     def round(self) -> None:
         """Drafts, verifies and commits one round of every active row."""
         behind, clock = self._cache.length, self._clock
+        planner, began = self._decoder.planner(len(self.ids)), self._clock.elapsed
         anchors = [text[-1] for text in self.ids]
         trees = self._decoder.trees(
             self._context, anchors, self.lengths, self._choosers, self._rates, clock
@@ -94,6 +95,8 @@ class BatchDecoding:
         clock.lap("walk")
         self._commit(paths, over, behind)
         clock.lap("commit")
+        if planner is not None:
+            planner.book(trees, [len(path) for path in paths], clock.elapsed - began)
 
     def _commit(self, paths: list[list[int]], over: list[bool], behind: int) -> None:
         """Keeps the accepted nodes of the rows that go on, and drops the others."""

@@ -1,8 +1,9 @@
-"""How many nodes a round should have: expected tokens against measured time.
+"""What rounds cost: measured seconds of drafting and of passes over so many nodes.
 
 With the tree's nodes in the order they were chosen, path probabilities P_1 >= P_2 >= ...; a round
 of `n` drafted nodes gives `1 + P_1 + ... + P_n` tokens if the drafter is right, and costs
-`draft + verify(1 + n)` seconds. The best `n` is the one with the highest ratio.
+`draft + verify(1 + n)` seconds. `CostModel.best` takes the `n` with the highest ratio; `planning`
+decides with what it learns while decoding.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import math
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +36,18 @@ from tenfold_treeflash.tree import DraftTree, build_tree
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _CONTEXT = 48
-FORMAT = "treeflash-costs/1"
+FORMAT = "treeflash-costs/2"
+WIDTHS = (16, 8, 4, 2)
+SHORTLISTS = (256, 64)
+"""Narrower tables and shorter lists that are worth measuring."""
+
+
+class TableSize(NamedTuple):
+    """How much of a drafter's distributions is looked at; see `DraftSettings`."""
+
+    top_m: int
+    top_k: int
+    shortlist: int | None
 
 
 @dataclass(frozen=True)
@@ -44,14 +57,16 @@ class CostModel:
     Attributes:
         draft: of one drafter pass with its tables and tree.
         verify: nodes to seconds of one pass of the target.
+        tables: the same as `draft` for narrower tables; empty where none were measured.
     """
 
     draft: float
     verify: Mapping[int, float]
+    tables: Mapping[TableSize, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a table without one node, or times that are no times."""
-        values = [self.draft, *self.verify.values()]
+        values = [self.draft, *self.verify.values(), *self.tables.values()]
         if 1 not in self.verify or not all(math.isfinite(v) and v >= 0 for v in values):
             raise ConfigError("a cost model needs finite seconds, of one node among others")
 
@@ -61,9 +76,40 @@ class CostModel:
         return sorted(self.verify)
 
     def cost(self, nodes: int) -> float:
-        """Seconds of a drafted round with so many nodes; between measured sizes on a line."""
+        """Seconds of a drafted round with so many nodes."""
+        return self.draft + self.verified(nodes)
+
+    def verified(self, nodes: int) -> float:
+        """Seconds of a pass over so many nodes: between measured sizes on a line, beyond them
+        along the last one."""
+        return self._curve(nodes)
+
+    @cached_property
+    def _curve(self) -> Callable[[int], float]:
         sizes = self.sizes
-        return self.draft + float(np.interp(nodes, sizes, [self.verify[s] for s in sizes]))
+        seconds = [self.verify[s] for s in sizes]
+        slope = 0.0
+        if len(sizes) > 1:
+            slope = max(0.0, (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]))
+        known = np.interp(np.arange(sizes[-1] + 1), sizes, seconds).tolist()
+
+        def curve(nodes: int) -> float:
+            beyond = nodes - sizes[-1]
+            return known[nodes] if beyond <= 0 else seconds[-1] + slope * beyond
+
+        return curve
+
+    def for_rows(self, rows: int) -> CostModel:
+        """An estimate for `rows` texts side by side: passes cost what as many nodes of one text
+        do, and drafting grows as a pass over eight nodes does."""
+        if rows == 1:
+            return self
+        growth = self.verified(8 * rows) / max(self.verified(8), 1e-12)
+        return CostModel(
+            self.draft * growth,
+            {size: self.verified(size * rows) for size in self.sizes},
+            {size: seconds * growth for size, seconds in self.tables.items()},
+        )
 
     def best(self, log_probs: Sequence[float]) -> int:
         """Nodes to keep of a tree whose nodes have these log path probabilities (root first)."""
@@ -78,7 +124,8 @@ class CostModel:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         verify = {str(size): seconds for size, seconds in sorted(self.verify.items())}
-        return {"format": FORMAT, "draft": self.draft, "verify": verify}
+        tables = [[*size, seconds] for size, seconds in self.tables.items()]
+        return {"format": FORMAT, "draft": self.draft, "verify": verify, "tables": tables}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> CostModel:
@@ -91,7 +138,12 @@ class CostModel:
             raise ConfigError(
                 f"no cost model: its format is {values.get('format')!r}, not {FORMAT}"
             )
-        return cls(float(values["draft"]), {int(k): float(v) for k, v in values["verify"].items()})
+        verify = {int(k): float(v) for k, v in values["verify"].items()}
+        tables = {
+            TableSize(int(m), int(k), None if s is None else int(s)): float(seconds)
+            for m, k, s, seconds in values["tables"]
+        }
+        return cls(float(values["draft"]), verify, tables)
 
     def save(self, path: Path) -> None:
         """Writes a JSON file, atomically."""
@@ -119,6 +171,7 @@ def calibrate(
     repeats: int = 5,
     context: int = _CONTEXT,
     block_size: int | None = None,
+    choices: bool = False,
     **tables: Any,
 ) -> CostModel:
     """Measures a pair on this machine: medians over `repeats`, sizes taking turns.
@@ -127,6 +180,7 @@ def calibrate(
         sizes: trees to measure; 1 is added.
         context: tokens before the tree, fewer where the model has no positions for them.
         block_size: slots that are drafted; None: the drafter's own.
+        choices: measure narrower tables too, of each width the fastest shortlist.
         tables: further arguments of `transition_tables`.
     """
     vocabulary = target.embedding.shape[0]
@@ -142,21 +196,63 @@ def calibrate(
         positions = torch.arange(context, device=target.device)
         drafter.extend(draft_cache, features(), positions[None])
         verify: dict[int, list[float]] = {size: [] for size in wanted}
-        draft: list[float] = []
+        sizes_of_tables = _table_sizes(vocabulary, tables) if choices else []
+        options: list[dict[str, Any]] = [tables, *(tables | s._asdict() for s in sizes_of_tables)]
+        draft: list[list[float]] = [[] for _ in options]
         for turn in range(repeats + 1):
-            started = _now(target.device)
-            hidden = drafter.draft(draft_cache, 0, target.embedding, block)
-            table = transition_tables(drafter, hidden, 0, target.embedding, target.head, **tables)
-            build_tree(table, 0, 16)
-            if turn:
-                draft.append(_now(target.device) - started)
+            for times, option in zip(draft, options, strict=True):
+                started = _now(target.device)
+                hidden = drafter.draft(draft_cache, 0, target.embedding, block)
+                table = transition_tables(
+                    drafter, hidden, 0, target.embedding, target.head, **option
+                )
+                build_tree(table, 0, 16)
+                if turn:
+                    times.append(_now(target.device) - started)
             for size in wanted:
                 started = _now(target.device)
                 target.verify(_comb(size, vocabulary), cache)
                 if turn:
                     verify[size].append(_now(target.device) - started)
                 cache.keep(context, [])
-    return CostModel(median(draft), {size: median(times) for size, times in verify.items()})
+    seconds = [median(times) for times in draft]
+    return CostModel(
+        seconds[0],
+        _rising({size: median(times) for size, times in verify.items()}),
+        _fastest(dict(zip(sizes_of_tables, seconds[1:], strict=True))),
+    )
+
+
+def _rising(seconds: Mapping[int, float]) -> dict[int, float]:
+    """More nodes never cost less: what says otherwise is noise, and would draw sizes to it."""
+    out, least = {}, math.inf
+    for size in sorted(seconds, reverse=True):
+        out[size] = least = min(least, seconds[size])
+    return dict(sorted(out.items()))
+
+
+def _table_sizes(vocabulary: int, tables: Mapping[str, Any]) -> list[TableSize]:
+    """Tables no wider than these, with each shortlist that is much shorter than the vocabulary
+    (or the one that is asked for)."""
+    if tables.get("marginal"):
+        return []
+    most, children = tables.get("top_m", WIDTHS[0]), tables.get("top_k", WIDTHS[0])
+    asked = tables.get("shortlist")
+    lists: list[int | None] = [None, *(s for s in SHORTLISTS if 4 * s <= vocabulary)]
+    return [
+        TableSize(width, min(children, max(2 * width, 4)), shortlist)
+        for width in sorted({most, *(w for w in WIDTHS if w < most)}, reverse=True)
+        for shortlist in (lists if asked is None else [asked])
+    ]
+
+
+def _fastest(tables: Mapping[TableSize, float]) -> dict[TableSize, float]:
+    """Of each width, the fastest shortlist."""
+    best: dict[int, TableSize] = {}
+    for size, seconds in tables.items():
+        if size.top_m not in best or seconds < tables[best[size.top_m]]:
+            best[size.top_m] = size
+    return {size: tables[size] for size in best.values()}
 
 
 def cached_costs(

@@ -23,8 +23,10 @@ from tenfold.errors import ConfigError, nearest
 from torch import Tensor
 
 from tenfold_treeflash.batch_decoding import BatchDecoding
+from tenfold_treeflash.costs import TableSize
 from tenfold_treeflash.draft_cache import DraftCache
 from tenfold_treeflash.modeling import TreeFlashDraftModel
+from tenfold_treeflash.planning import Planner, Planners
 from tenfold_treeflash.rejection import (
     RankRates,
     SampledTree,
@@ -177,6 +179,8 @@ class SpeculativeDecoder:
         budget: how many of a tree's nodes the target is to see, from the tree (its likeliest
             nodes come first) and the number of cached tokens; None shows all `tree_size`. Trees
             of draws are not cut: their shape must not depend on them.
+        planners: decide by measured time whether a round drafts, how wide its tables are and how
+            many of at most `tree_size` nodes are verified.
 
     Raises:
         ConfigError: a method that needs a drafter without one, or a larger block than it has.
@@ -189,10 +193,11 @@ class SpeculativeDecoder:
         settings: DraftSettings | None = None,
         watch: Callable[[Round], None] | None = None,
         budget: Callable[[DraftTree, int], int] | None = None,
+        planners: Planners | None = None,
     ) -> None:
         self.target, self.drafter = target, drafter
         self.settings = settings or DraftSettings()
-        self.watch, self.budget = watch, budget
+        self.watch, self.budget, self.planners = watch, budget, planners
         if drafter is None:
             if self.settings.method != "none":
                 raise ConfigError(f"method {self.settings.method!r} needs a drafter")
@@ -210,8 +215,11 @@ class SpeculativeDecoder:
         if asked is not None and asked > own:
             raise ConfigError(f"block_size is {asked}; this drafter was trained for {own}")
         self._block = asked or own
-        if self.settings.method == "tree" and drafter.looks_back > 1:
-            raise ConfigError("trees need a drafter that looks back one token (swiglu or linear)")
+        if self.settings.method in ("tree", "chain") and drafter.looks_back > 1:
+            raise ConfigError(
+                f"method {self.settings.method!r} needs a drafter that looks back one token "
+                "(swiglu or linear); this one (swiglu2) drafts with method 'marginal' only"
+            )
 
     @torch.inference_mode()
     def decode(self, prompt: Sequence[int], chooser: Chooser) -> tuple[list[int], DecodingStats]:
@@ -248,6 +256,11 @@ class SpeculativeDecoder:
         settings = self.settings
         return self.drafter is not None and settings.method != "none" and settings.tree_size > 1
 
+    def planner(self, rows: int = 1) -> Planner | None:
+        """What decides about rounds of so many texts."""
+        planned = self.planners is not None and self.drafts
+        return self.planners.of(rows) if planned and self.planners is not None else None
+
     def _reading(self) -> Any:
         read = self.drafter is not None and self.drafts
         layers = self.drafter.config.target_layer_ids if read else []
@@ -265,12 +278,13 @@ class SpeculativeDecoder:
         """Drafts a round of one text."""
         if not self.drafts or self.drafter is None or self.target.deepest(cache.length) == 0:
             return single(anchor)
+        planner = self.planner()
         embedding = self.target.embedding
         hidden = self.drafter.draft(cache, anchor, embedding, self._block)
         clock.lap("draft")
-        tables = self._tables(hidden[None], [anchor])[0]
+        tables = self._tables(hidden[None], [anchor], planner)[0]
         clock.lap("tables")
-        tree = self._grow(tables, anchor, cache.length, chooser, rates)
+        tree = self._grow(tables, anchor, cache.length, chooser, rates, planner)
         clock.lap("tree")
         return tree
 
@@ -284,36 +298,54 @@ class SpeculativeDecoder:
         clock: Clock,
     ) -> list[DraftTree]:
         """Drafts a round of several texts, whose contexts have these lengths."""
-        if not self.drafts or self.drafter is None:
+        planner = self.planner(len(anchors))
+        paused = planner is not None and not planner.drafts
+        if paused or not self.drafts or self.drafter is None:
             return [single(anchor) for anchor in anchors]
         embedding = self.target.embedding
         hidden = self.drafter.draft_rows(cache, anchors, embedding, self._block, lengths)
         clock.lap("draft")
-        tables = self._tables(hidden, anchors)
+        tables = self._tables(hidden, anchors, planner)
         clock.lap("tables")
         trees = [
-            self._grow(*row) for row in zip(tables, anchors, lengths, choosers, rates, strict=True)
+            self._grow(*row, planner)
+            for row in zip(tables, anchors, lengths, choosers, rates, strict=True)
         ]
         clock.lap("tree")
         return trees
 
-    def _tables(self, hidden: Tensor, anchors: Sequence[int]) -> list[TransitionTables]:
+    def _tables(
+        self, hidden: Tensor, anchors: Sequence[int], planner: Planner | None
+    ) -> list[TransitionTables]:
         settings = self.settings
         assert self.drafter is not None
+        size = TableSize(settings.top_m, settings.top_k, settings.shortlist)
+        if planner is not None:
+            size = planner.table_size or size
         return batch_tables(
             self.drafter, hidden, anchors, self.target.embedding, self.target.head,
-            top_m=settings.top_m, top_k=settings.top_k, temperature=settings.temperature,
-            shortlist=settings.shortlist, marginal=settings.method == "marginal",
+            temperature=settings.temperature, marginal=settings.method == "marginal",
+            **size._asdict(),
         )  # fmt: skip
 
     def _grow(
-        self, tables: TransitionTables, anchor: int, start: int, chooser: Chooser, rates: RankRates
+        self,
+        tables: TransitionTables,
+        anchor: int,
+        start: int,
+        chooser: Chooser,
+        rates: RankRates,
+        planner: Planner | None,
     ) -> DraftTree:
         """A tree from tables, below an anchor at position `start`."""
         size, straight = self.settings.tree_size, self.settings.method == "chain"
         tables = tables.upto(min(self.target.deepest(start), tables.depth))
         if self.settings.verification == "match" or not getattr(chooser, "sample", False):
+            if planner is not None and not straight:
+                planner.look(tables, anchor)
             tree = (chain if straight else build_tree)(tables, anchor, size)
+            if planner is not None:
+                return tree.first(planner.size(tree))
             return tree if self.budget is None else tree.first(max(self.budget(tree, start), 1))
         width = tables.tokens.shape[2]
         shape = (
@@ -399,6 +431,8 @@ class _Decoding:
         self._stats = DecodingStats(prompt_tokens=len(prompt))
         self._rates = decoder.new_rates()
         self._clock = Clock()
+        self._planner = decoder.planner()
+        self._unread: list[Tensor] = []
 
     def run(self) -> tuple[list[int], DecodingStats]:
         """The whole text."""
@@ -424,8 +458,13 @@ class _Decoding:
     def round(self) -> bool:
         """Drafts, verifies and commits; whether the text has ended."""
         start, clock = self._cache.length, self._clock
-        chooser, ids = self._chooser, self._ids
-        tree = self._decoder.tree(self._context, ids[-1], chooser, self._rates, clock)
+        chooser, ids, planner = self._chooser, self._ids, self._planner
+        began = clock.elapsed
+        if self._drafting:
+            self._catch_up()
+            tree = self._decoder.tree(self._context, ids[-1], chooser, self._rates, clock)
+        else:
+            tree = single(ids[-1])
         logits = self._target.verify(tree, self._cache)
         clock.lap("verify")
         best = logits.argmax(-1).tolist() if chooser.greedy else None
@@ -436,15 +475,31 @@ class _Decoding:
             self._cache.keep(start, path)
             self._read(path)
             clock.lap("commit")
+        if planner is not None:
+            planner.book([tree], [len(path)], clock.elapsed - began)
         return over
 
+    @property
+    def _drafting(self) -> bool:
+        return self._planner is None or self._planner.drafts
+
     def _read(self, nodes: Sequence[int]) -> None:
-        """Hands the features of newly accepted tokens to the drafter."""
+        """Takes the features of newly accepted tokens for the drafter."""
         if self._drafter is None or not self._decoder.drafts:
             return
         features = self._features()[0]
         if len(nodes) < features.shape[0]:
             features = features[torch.tensor(list(nodes), device=features.device)]
+        self._unread.append(features)
+        if self._drafting:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Hands what was taken to the drafter: at once, unless drafting pauses."""
+        if self._drafter is None or not self._unread:
+            return
+        features = self._unread[0] if len(self._unread) == 1 else torch.cat(self._unread)
+        self._unread.clear()
         first = self._context.length
-        positions = torch.arange(first, first + len(nodes), device=features.device)
+        positions = torch.arange(first, first + features.shape[0], device=features.device)
         self._drafter.extend(self._context, features[None], positions[None])

@@ -23,8 +23,8 @@ from tenfold_treeflash.checkpoints import load_drafter
 from tenfold_treeflash.costs import CostModel, cached_costs
 from tenfold_treeflash.decoding import DecodingStats, DraftSettings, Round, SpeculativeDecoder
 from tenfold_treeflash.modeling import TreeFlashDraftModel
+from tenfold_treeflash.planning import Planners
 from tenfold_treeflash.target import Target, check_pair
-from tenfold_treeflash.tree import DraftTree
 
 AUTO = "auto"
 LARGEST_AUTO = 64
@@ -64,7 +64,8 @@ class TreeDecoder(Delegate, GenerateMixin):
         base: the model; what it writes is what this writes.
         drafter: its drafter; None decodes the same loop without one.
         method: `tree`, `marginal` or `chain`.
-        tree_size: nodes per round; None, or `auto`: the best number by measured cost.
+        tree_size: nodes per round; None, or `auto`: decided round by round (see `planning`), with
+            `top_m` and `top_k` as the largest tables.
         top_m, top_k, temperature, shortlist, block_size: see `DraftSettings`.
 
     Raises:
@@ -101,7 +102,9 @@ class TreeDecoder(Delegate, GenerateMixin):
                 "top_m": top_m, "top_k": top_k, "shortlist": shortlist,
                 "marginal": self.method == "marginal",
             }  # fmt: skip
-            self.costs = cached_costs(self.target, network, block_size=block_size, **tables)
+            self.costs = cached_costs(
+                self.target, network, block_size=block_size, choices=True, **tables
+            )
         if size is None:
             size = LARGEST_AUTO
         self.settings = DraftSettings(
@@ -115,16 +118,12 @@ class TreeDecoder(Delegate, GenerateMixin):
             network,
             self.settings,
             watch=self._watch,
-            budget=None if self.costs is None else self._budget,
+            planners=None if self.costs is None else Planners(self.costs, LARGEST_AUTO),
         )
 
     def _watch(self, round_: Round) -> None:
         if self.rounds is not None:
             self.rounds.append(round_)
-
-    def _budget(self, tree: DraftTree, start: int) -> int:
-        assert self.costs is not None
-        return self.costs.best(tree.log_probs)
 
     def _generate_batch(
         self, rows: Sequence[GenerationRow], config: GenerationConfig
@@ -133,7 +132,11 @@ class TreeDecoder(Delegate, GenerateMixin):
         base: Any = self.base
         controls = [base.controls([row], config, len(row.ids)) for row in rows]
         choosers = [_ControlledChoice(own, self.target.device) for own in controls]
-        texts, records = self._decoder.decode_batch([row.ids for row in rows], choosers)
+        if len(rows) == 1:
+            text, stats = self._decoder.decode(rows[0].ids, choosers[0])
+            texts, records = [text], [stats]
+        else:
+            texts, records = self._decoder.decode_batch([row.ids for row in rows], choosers)
         written = []
         for ids, stats, own in zip(texts, records, controls, strict=True):
             [done] = own.collect(torch.tensor([ids]))

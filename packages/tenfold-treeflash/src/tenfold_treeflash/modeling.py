@@ -22,17 +22,30 @@ from tenfold.errors import ConfigError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3MLP,
-    Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
-    apply_rotary_pos_emb,
-)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedding
 
 from tenfold_treeflash.configuration import TreeFlashConfig
 from tenfold_treeflash.draft_cache import DraftCache
 
 APPROXIMATOR_EPS = 1e-6
+
+
+class RMSNorm(nn.RMSNorm):
+    """The usual one in one call: a drafter's pass on a CPU is bound by the number of calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised in fp32 or wider, as checkpoints of half precision were trained."""
+        if x.dtype in (torch.float32, torch.float64):
+            return super().forward(x)
+        return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x)
+
+
+def rotated(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Heads `x [B, heads, T, D]` turned by `angles`, cosines and sines `[B, T, D]`."""
+    half = x.shape[-1] // 2
+    cos, sin = (part[:, None, :, :half] for part in angles)  # both halves of the angles are equal
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class BlockAttention(nn.Module):
@@ -49,8 +62,8 @@ class BlockAttention(nn.Module):
         self.k_proj = nn.Linear(width, groups * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, groups * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.head_dim, width, bias=bias)
-        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim)
@@ -58,8 +71,7 @@ class BlockAttention(nn.Module):
     def keys_values(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, G, n, D]` of `x [B, n, H]` at the positions of `angles`."""
         keys = self.k_norm(self._split(self.k_proj(x))).transpose(1, 2)
-        _, keys = apply_rotary_pos_emb(keys, keys, *angles)
-        return keys, self._split(self.v_proj(x)).transpose(1, 2)
+        return rotated(keys, angles), self._split(self.v_proj(x)).transpose(1, 2)
 
     def forward(
         self,
@@ -70,7 +82,7 @@ class BlockAttention(nn.Module):
     ) -> Tensor:
         """`x [B, T, H]` to `[B, T, H]`; keys are `context` and the block's own."""
         queries = self.q_norm(self._split(self.q_proj(x))).transpose(1, 2)
-        queries, _ = apply_rotary_pos_emb(queries, queries, *angles)
+        queries = rotated(queries, angles)
         own = self.keys_values(x, angles)
         keys, values = (torch.cat(pair, dim=2) for pair in zip(context, own, strict=True))
         mixed = F.scaled_dot_product_attention(
@@ -86,8 +98,8 @@ class BlockLayer(nn.Module):
         super().__init__()
         self.self_attn = BlockAttention(config)
         self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -108,9 +120,9 @@ class DraftBackbone(nn.Module):
         super().__init__()
         width, features = config.hidden_size, len(config.target_layer_ids)
         self.layers = nn.ModuleList(BlockLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = Qwen3RMSNorm(width, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.fc = nn.Linear(features * width, width, bias=False)
-        self.hidden_norm = Qwen3RMSNorm(width, eps=config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -167,7 +179,7 @@ class SwigluApproximator(nn.Module):
         super().__init__()
         width, inner = config.hidden_size, config.approximator_width
         self.previous = previous
-        self.norm = Qwen3RMSNorm(width, eps=APPROXIMATOR_EPS)
+        self.norm = RMSNorm(width, eps=APPROXIMATOR_EPS)
         self.ug = nn.Linear((previous + 1) * width, 2 * inner)
         self.d = ZeroLinear(inner, width)
 
@@ -186,7 +198,7 @@ class LinearApproximator(nn.Module):
 
     def __init__(self, config: TreeFlashConfig) -> None:
         super().__init__()
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=APPROXIMATOR_EPS)
+        self.norm = RMSNorm(config.hidden_size, eps=APPROXIMATOR_EPS)
         self.d = ZeroLinear(2 * config.hidden_size, config.hidden_size)
 
     def forward(self, embedded: Tensor, normed: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tenfold.errors import ConfigError
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def batch_tables(
     _check(top_m, top_k, temperature, shortlist)
     scale = 1.0 / max(temperature, _COLDEST)
     logits = _logits(head(drafter.model.norm(hidden[:, 1:]))) * scale
-    count, depth, vocabulary = logits.shape
+    _, depth, vocabulary = logits.shape
     rows, children = min(top_m, vocabulary), min(top_k, vocabulary)
     if marginal or drafter.looks_back == 0:
         tokens, log_probs = _best(logits, children)
@@ -81,30 +82,45 @@ def batch_tables(
         return _to_numpy(tokens[:, :, None], log_probs[:, :, None], links[:, :, None])
     if drafter.looks_back != 1:
         raise ConfigError("trees need a drafter that looks back one token (swiglu or linear)")
-    candidates = logits[:, :-1].topk(rows).indices  # of depths 1 .. D-1
+    weight = getattr(head, "weight", None)
+    short = shortlist is not None and shortlist < vocabulary and weight is not None
+    listed = logits.topk(max(rows, children, shortlist or 0) if short else rows).indices
+    candidates = listed[:, :-1, :rows]  # of depths 1 .. D-1
     first = torch.tensor(anchors, device=hidden.device)[:, None]
     # One row at depth 1, M at each further one, all in one batch.
     previous = torch.cat([first, candidates.flatten(1)], dim=1)
     states = torch.cat([hidden[:, 1:2], hidden[:, 2:].repeat_interleave(rows, dim=1)], dim=1)
-    embedded = embedding[previous] * drafter.config.input_embedding_scale
+    embedded = F.embedding(previous, embedding) * drafter.config.input_embedding_scale
     states = drafter.model.norm(drafter.correct(states, embedded[:, :, None]))
-    weight = getattr(head, "weight", None)
-    if shortlist is None or shortlist >= vocabulary or weight is None:
-        found = _best(_logits(head(states)) * scale, children)
-    else:
-        listed = logits.topk(max(shortlist, children)).indices
-        parts = ((states[:, None, :1], listed[:, :1]),)
+    places: Tensor | None = None
+    if short:
+        listed = listed[:, :, : max(shortlist or 0, children)]
+        parts = [(states[:, None, :1], listed[:, :1])]
         if depth > 1:
-            parts += ((states[:, 1:].unflatten(1, (depth - 1, rows)), listed[:, 1:]),)
+            parts.append((states[:, 1:].unflatten(1, (depth - 1, rows)), listed[:, 1:]))
         chosen = [_best_listed(head, *part, scale, children) for part in parts]
-        found = tuple(torch.cat([c[i].flatten(1, 2) for c in chosen], dim=1) for i in (0, 1))
-    tokens = previous.new_zeros((count, depth, rows, children))
-    log_probs = logits.new_full((count, depth, rows, children), -torch.inf)
-    for table, flat in zip((tokens, log_probs), found, strict=True):
-        table[:, 0, :1] = flat[:, :1]
-        if depth > 1:
-            table[:, 1:] = flat[:, 1:].unflatten(1, (depth - 1, rows))
-    return _to_numpy(tokens, log_probs, _links(tokens, candidates))
+        found = [torch.cat([c[i].flatten(1, 2) for c in chosen], dim=1) for i in range(3)]
+        places = _by_depth(found.pop(), depth, rows, 0)
+    else:
+        found = _best(_logits(head(states)) * scale, children)
+    tokens = _by_depth(found[0], depth, rows, 0)
+    log_probs = _by_depth(found[1], depth, rows, -torch.inf)
+    if places is None:
+        return _to_numpy(tokens, log_probs, _links(tokens, candidates))
+    # A depth's candidates are the head of its shortlist: a child's place there is its row.
+    links = torch.where(places < rows, places, LEAF)
+    links[:, -1] = LEAF
+    return _to_numpy(tokens, log_probs, links)
+
+
+def _by_depth(flat: Tensor, depth: int, rows: int, filler: float) -> Tensor:
+    """One row of depth 1 and M of each further depth, `[R, 1 + (D - 1) M, K]`, as
+    `[R, D, M, K]`."""
+    table = flat.new_full((flat.shape[0], depth, rows, flat.shape[2]), filler)
+    table[:, 0, :1] = flat[:, :1]
+    if depth > 1:
+        table[:, 1:] = flat[:, 1:].unflatten(1, (depth - 1, rows))
+    return table
 
 
 def _best(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -118,10 +134,10 @@ def _best(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _best_listed(
     head: Any, states: Tensor, listed: Tensor, scale: float, count: int
-) -> tuple[Tensor, Tensor]:
-    """Best tokens and log-probabilities `[R, d, M, K]` of `states [R, d, M, H]` among the tokens
-    `listed [R, d, S]`."""
-    logits = states @ head.weight[listed].transpose(-1, -2)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best tokens, log-probabilities and places in the list `[R, d, M, K]` of `states
+    [R, d, M, H]` among the tokens `listed [R, d, S]`."""
+    logits = states @ F.embedding(listed, head.weight).transpose(-1, -2)
     bias = getattr(head, "bias", None)
     if bias is not None:
         logits = logits + bias[listed][:, :, None]
@@ -129,7 +145,7 @@ def _best_listed(
     logits = _logits(logits if finish is None else finish(logits)) * scale
     places, log_probs = _best(logits, count)
     ids = listed[:, :, None].expand(-1, -1, states.shape[2], -1).gather(-1, places)
-    return ids, log_probs
+    return ids, log_probs, places
 
 
 def _logits(logits: Tensor) -> Tensor:

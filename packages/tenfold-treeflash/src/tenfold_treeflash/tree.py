@@ -49,6 +49,13 @@ class TransitionTables:
         """The tables of the first `depth` depths."""
         return TransitionTables(self.tokens[:depth], self.log_probs[:depth], self.links[:depth])
 
+    def within(self, rows: int) -> TransitionTables:
+        """The tables with the first `rows` candidates per depth only."""
+        if rows >= self.tokens.shape[1]:
+            return self
+        links = np.where(self.links[:, :rows] < rows, self.links[:, :rows], LEAF)
+        return TransitionTables(self.tokens[:, :rows], self.log_probs[:, :rows], links)
+
 
 @dataclass(frozen=True)
 class DraftTree:
