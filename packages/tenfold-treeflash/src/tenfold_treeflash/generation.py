@@ -25,6 +25,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from tenfold_treeflash.choosing import ProcessedChoice, for_row
 from tenfold_treeflash.decoding import DecodingStats, DraftSettings, SpeculativeDecoder
 from tenfold_treeflash.modeling import TreeFlashDraftModel
+from tenfold_treeflash.planning import Planners
 from tenfold_treeflash.target import Target, check_tree_attention
 from tenfold_treeflash.tree import DraftTree
 
@@ -62,6 +63,7 @@ def generate(
     seeds: Sequence[int] | None = None,
     checked: bool = False,
     budget: Callable[[DraftTree, int], int] | None = None,
+    planners: Planners | None = None,
     **kwargs: Any,
 ) -> Any:
     """What `model.generate(inputs, **kwargs)` writes, in fewer passes of the model.
@@ -80,7 +82,7 @@ def generate(
         seeds: of every row's generator; None draws them from torch's own where there are several
             rows, and one row uses torch's own generator.
         checked: the target's attention is known to run trees; it is tried once per model else.
-        budget: see `SpeculativeDecoder`.
+        budget, planners: see `SpeculativeDecoder`.
 
     Returns:
         Ids `[B, T]`, or with `return_dict_in_generate` a `TreeGenerateOutput`.
@@ -94,7 +96,7 @@ def generate(
     own = copy.copy(config)
     own.cache_implementation = None
     _refuse(own, kwargs, streamer, inputs)
-    decoder = _decoder(model, drafter, settings, checked, budget)
+    decoder = _decoder(model, drafter, settings, checked, budget, planners)
     stop_strings = kwargs.pop("stop_strings", None) or config.stop_strings
     if stop_strings is not None:
         if tokenizer is None:
@@ -135,13 +137,14 @@ def tree_decoding(
     seeds: Sequence[int] | None = None,
     checked: bool = False,
     budget: Callable[[DraftTree, int], int] | None = None,
+    planners: Planners | None = None,
 ) -> Callable[..., Any]:
     """A loop for `model.generate(ids, custom_generate=tree_decoding(model, drafter))`.
 
     transformers gives such loops no streamer and no tokenizer: for streams and stop strings use
     `generate` here. Arguments and errors are those of `generate`.
     """
-    decoder = _decoder(model, drafter, settings, checked, budget)
+    decoder = _decoder(model, drafter, settings, checked, budget, planners)
 
     def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
         _refuse(prepared["generation_config"], {}, None, input_ids)
@@ -156,10 +159,11 @@ def _decoder(
     settings: DraftSettings | None,
     checked: bool,
     budget: Callable[[DraftTree, int], int] | None,
+    planners: Planners | None,
 ) -> SpeculativeDecoder:
     """A decoder for a pair that has been looked at."""
     target = Target(model)
-    decoder = SpeculativeDecoder(target, drafter, settings, budget=budget)
+    decoder = SpeculativeDecoder(target, drafter, settings, budget=budget, planners=planners)
     if not checked and model not in _checked:
         check_tree_attention(target)
         _checked.add(model)
