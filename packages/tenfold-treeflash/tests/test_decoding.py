@@ -10,7 +10,13 @@ import random
 import pytest
 import torch
 from tenfold.errors import ConfigError
-from tenfold_treeflash.decoding import METHODS, DraftSettings, SpeculativeDecoder, _Decoding
+from tenfold_treeflash.decoding import (
+    METHODS,
+    DecodingStats,
+    DraftSettings,
+    SpeculativeDecoder,
+    _Decoding,
+)
 from tenfold_treeflash.draft_cache import DraftCache
 from tenfold_treeflash.generation import generate
 from tenfold_treeflash.target import Target
@@ -303,6 +309,26 @@ def test_mean_acceptance_is_one_plus_the_sum_of_path_probabilities():
     assert abs(lengths.mean() - tree.expected_block_efficiency()) > 4 * error  # the drafter is off
 
 
+def test_acceptance_by_depth_is_that_of_the_rounds(target, drafter):
+    rounds = []
+    decoder = SpeculativeDecoder(
+        Target(target), drafter, DraftSettings(tree_size=200, top_m=23, top_k=23), rounds.append
+    )
+    _, stats = decoder.decode(prompt()[0].tolist(), Rule(True, 80))
+    shares = stats.acceptance_by_depth()
+    drafted_tokens = [len(round_.path) - 1 for round_ in rounds]
+    assert len(shares) == max(drafted_tokens) >= 2
+    product = 1.0
+    for depth, share in enumerate(shares, start=1):
+        product *= share
+        assert product == pytest.approx(
+            sum(n >= depth for n in drafted_tokens) / len(drafted_tokens)
+        )
+    assert DecodingStats(accepted=[1, 3, 1, 2]).acceptance_by_depth() == [0.5, 0.5]
+    assert DecodingStats(accepted=[1, 1]).acceptance_by_depth() == []
+    assert DecodingStats().acceptance_by_depth() == []
+
+
 def test_trees_stay_below_the_last_position(target):
     """Rotary positions have no end; some change what they mean at one."""
     assert Target(target).deepest(10**6) > 1000
@@ -425,8 +451,10 @@ def test_a_method_without_its_drafter_is_named(target, drafter):
     with pytest.raises(ConfigError, match="needs a drafter"):
         SpeculativeDecoder(Target(target), None, DraftSettings(method="tree"))
     two = drafter_for(target, ar_approximation="swiglu2")
-    with pytest.raises(ConfigError, match="looks back one token"):
-        SpeculativeDecoder(Target(target), two, DraftSettings(method="tree"))
+    for method in ("tree", "chain"):
+        with pytest.raises(ConfigError, match=f"'{method}' needs a drafter that looks back one"):
+            SpeculativeDecoder(Target(target), two, DraftSettings(method=method))
+    SpeculativeDecoder(Target(target), two, DraftSettings(method="marginal"))
     decoder = SpeculativeDecoder(Target(target), drafter)
     with pytest.raises(ConfigError, match="the prompt is empty"):
         decoder.decode([], Rule(True, 5))

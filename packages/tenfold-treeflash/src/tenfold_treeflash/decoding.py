@@ -149,7 +149,8 @@ class DecodingStats:
         return sum(self.accepted) / len(self.accepted) if self.accepted else float("nan")
 
     def acceptance_by_depth(self) -> list[float]:
-        """Share of rounds that got past each drafted depth, given that they got there."""
+        """Share of rounds that accepted a token at each drafted depth, of those that accepted
+        one at the depth before; up to the deepest accepted."""
         deepest = max(self.accepted, default=1)
         reached = [sum(a > depth for a in self.accepted) for depth in range(deepest)]
         counts = [self.rounds, *reached[1:]]
