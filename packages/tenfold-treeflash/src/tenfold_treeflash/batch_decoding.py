@@ -73,7 +73,7 @@ class BatchDecoding:
     def round(self) -> None:
         """Drafts, verifies and commits one round of every active row."""
         behind, clock = self._cache.length, self._clock
-        planner, began = self._decoder.planner(len(self.ids)), self._clock.elapsed
+        planner, began = self._decoder.planner(self._choosers), self._clock.elapsed
         anchors = [text[-1] for text in self.ids]
         trees = self._decoder.trees(
             self._context, anchors, self.lengths, self._choosers, self._rates, clock

@@ -257,10 +257,11 @@ class SpeculativeDecoder:
         settings = self.settings
         return self.drafter is not None and settings.method != "none" and settings.tree_size > 1
 
-    def planner(self, rows: int = 1) -> Planner | None:
-        """What decides about rounds of so many texts."""
-        planned = self.planners is not None and self.drafts
-        return self.planners.of(rows) if planned and self.planners is not None else None
+    def planner(self, choosers: Sequence[Chooser]) -> Planner | None:
+        """What decides about rounds of these texts."""
+        if self.planners is None or not self.drafts:
+            return None
+        return self.planners.of(len(choosers), all(chooser.greedy for chooser in choosers))
 
     def _reading(self) -> Any:
         read = self.drafter is not None and self.drafts
@@ -279,7 +280,7 @@ class SpeculativeDecoder:
         """Drafts a round of one text."""
         if not self.drafts or self.drafter is None or self.target.deepest(cache.length) == 0:
             return single(anchor)
-        planner = self.planner()
+        planner = self.planner([chooser])
         embedding = self.target.embedding
         hidden = self.drafter.draft(cache, anchor, embedding, self._block)
         clock.lap("draft")
@@ -299,7 +300,7 @@ class SpeculativeDecoder:
         clock: Clock,
     ) -> list[DraftTree]:
         """Drafts a round of several texts, whose contexts have these lengths."""
-        planner = self.planner(len(anchors))
+        planner = self.planner(choosers)
         paused = planner is not None and not planner.drafts
         if paused or not self.drafts or self.drafter is None:
             return [single(anchor) for anchor in anchors]
@@ -432,7 +433,7 @@ class _Decoding:
         self._stats = DecodingStats(prompt_tokens=len(prompt))
         self._rates = decoder.new_rates()
         self._clock = Clock()
-        self._planner = decoder.planner()
+        self._planner = decoder.planner([chooser])
         self._unread: list[Tensor] = []
 
     def run(self) -> tuple[list[int], DecodingStats]:

@@ -22,7 +22,9 @@ from tenfold_treeflash.costs import CostModel, TableSize
 from tenfold_treeflash.tree import DraftTree, TransitionTables, build_tree
 
 TRIAL = 6
-"""Drafted rounds before a verdict."""
+"""Drafted rounds before a verdict, unless it is clear before."""
+CLEAR = 0.75
+"""Share of the plain rate below which a verdict is clear."""
 PAUSES = (16, 1024)
 """Plain rounds of the first and of the longest pause."""
 PLAIN_EVERY = 96
@@ -172,7 +174,8 @@ class Planner:
         self._seen = 0 if self._seen + 1 >= TRIES[1] else self._seen + 1
         self._since_plain += 1
         self._trial = max(self._trial - 1, 0)
-        if self._trial == 0 and self._drafted.value < self._plain.value:
+        share = self._drafted.value / self._plain.value
+        if share < (1.0 if self._trial == 0 else CLEAR):
             self._left, self._trial = self._pause, TRIAL
             self._pause = min(2 * self._pause, PAUSES[1])
             self._drafted.fade()
@@ -198,14 +201,16 @@ class Planner:
 
 
 class Planners:
-    """A planner for every number of texts side by side; they last from text to text."""
+    """A planner for every number of texts side by side, and for greedy and for sampled texts (of
+    which a tree holds less); they last from text to text."""
 
     def __init__(self, costs: CostModel, largest: int = 64) -> None:
         self.costs, self._largest = costs, largest
-        self._by_rows: dict[int, Planner] = {}
+        self._known: dict[tuple[int, bool], Planner] = {}
 
-    def of(self, rows: int = 1) -> Planner:
+    def of(self, rows: int = 1, greedy: bool = True) -> Planner:
         """The planner of passes over `rows` texts."""
-        if rows not in self._by_rows:
-            self._by_rows[rows] = Planner(self.costs, rows, self._largest)
-        return self._by_rows[rows]
+        key = rows, greedy
+        if key not in self._known:
+            self._known[key] = Planner(self.costs, rows, self._largest)
+        return self._known[key]
