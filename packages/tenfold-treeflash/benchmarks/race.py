@@ -380,7 +380,7 @@ def processor() -> str:
 
 def page(options: argparse.Namespace) -> list[str]:
     """Everything."""
-    folder = options.folder
+    folder = options.folder.absolute()
     target_folder = models.train_target(folder)
     drafter_folder = models.train_drafter(target_folder, folder)
     assistant_folder = models.train_assistant(folder)

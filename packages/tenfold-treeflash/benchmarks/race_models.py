@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def train(name: str, trainer: dict[str, Any], folder: Path) -> Path:
     made = folder / f"{name}-{content_hash(trainer)[:12]}"
     if made.is_dir():
         return made
-    outcome = Host().run(file, options=Options(resume=True))
+    with chdir(folder):  # where its run folder goes
+        outcome = Host().run(file, options=Options(resume=True))
     partial = folder / f".{made.name}"
     shutil.copytree(outcome.run_dir / "artifacts" / "checkpoint", partial, dirs_exist_ok=True)
     partial.rename(made)
