@@ -57,8 +57,9 @@ def train(name: str, trainer: dict[str, Any], folder: Path) -> Path:
         return made
     with chdir(folder):  # where its run folder goes
         outcome = Host().run(file, options=Options(resume=True))
+        checkpoint = outcome.run_dir.absolute() / "artifacts" / "checkpoint"
     partial = folder / f".{made.name}"
-    shutil.copytree(outcome.run_dir / "artifacts" / "checkpoint", partial, dirs_exist_ok=True)
+    shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
     partial.rename(made)
     return made
 
