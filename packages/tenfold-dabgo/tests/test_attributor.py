@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tenfold.errors import ConfigError, RunFailed
+from tenfold_dabgo import attributor as attributor_module
 from tenfold_dabgo.attributor import BidirectionalAttributor
 from tenfold_dabgo.fisher_estimate import estimate_fisher
 from tenfold_dabgo.perturb import Perturbation
@@ -180,6 +181,16 @@ def test_low_precision_is_used_only_when_it_ranks_alike(setting):
     gentle = attribute(setting, perturbation=Perturbation(lr="auto:1e-4"), precision="bfloat16")
     assert gentle.details["precision"] == "float32"
     assert any("ranks a probe differently" in w for w in gentle.details["warnings"])
+
+
+def test_the_noise_of_a_lower_precision_is_measured_against_single(setting, monkeypatch):
+    """The floor is no smaller than half of the real error of the scores."""
+    monkeypatch.setattr(attributor_module, "low_precision_agrees", lambda *_: (True, 1.0))
+    exact, low = (attribute(setting, precision=p) for p in ("float32", "bfloat16"))
+    assert low.details["precision"] == "bfloat16"
+    error = np.sqrt(np.nanmean((low.values - exact.values) ** 2))
+    assert error / 2 < low.details["noise"]["floor"] < 4 * error
+    assert low.details["noise"]["floor"] > 100 * exact.details["noise"]["floor"]
 
 
 def test_other_rules_attribute_too(setting):

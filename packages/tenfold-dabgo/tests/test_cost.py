@@ -11,9 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tenfold.errors import ConfigError
+from tenfold.host import Host
 from tenfold.records import PromptRecord, TextRecord
 from tenfold.testing.context import FakeContext
-from tenfold_dabgo.cost import ModelSize, Work, checkpoint_size, estimate, passes
+from tenfold_dabgo.composition import run_table
+from tenfold_dabgo.cost import (
+    ModelSize,
+    Work,
+    checkpoint_size,
+    estimate,
+    passes,
+    plan_cost,
+    retraining_cost,
+)
 from tenfold_dabgo.evaluator import Attribution
 from tenfold_dabgo.settings import AttributionSettings
 from tenfold_dabgo.weights import select_parameters
@@ -105,7 +116,7 @@ def test_disk_is_what_a_run_leaves(model, folder, tmp_path):
     scores = 0
     for path in ctx.artifacts.rglob("*.npz"):
         with np.load(path) as arrays:
-            scores += sum(arrays[n].nbytes for n in arrays.files if n != "sample_id")
+            scores += sum(arrays[n].nbytes for n in arrays.files if not n.startswith("sample_id"))
     size = checkpoint_size(folder / "model")
     assert size is not None
     tokens = sum(map(len, TEXTS))
@@ -145,6 +156,24 @@ def test_passes_follow_the_cost_model():
     assert (once, each) == (0, pytest.approx(2 * 0.125 + 3 / 16))
     assert passes(settings(method="bm25")) == (0, 0)
     assert passes(settings(method="trackstar", compare=("bm25",))) == (6, 0)
+    assert passes(settings(fisher="identity", null_queries=4, export=("csv",))) == (8, 2)
+
+
+def test_trainings_are_counted_from_the_plan():
+    """The recipe's own comment says 158."""
+    host = Host()
+    table, path = run_table(host, "dabgo:quality-tiny")
+    plan = host.plan(host.resolve(table, (), path))
+    assert retraining_cost(plan, 8) == {
+        "trainings": "78 once + 10 per query: 158 for at most 8 queries"
+    }
+    changed = host.resolve(table, ("evaluator.measure=['qld', 'loo']", "evaluator.seeds=3"), path)
+    # 3 full, 2 x 3 random, 24 x 3 left out; five methods, one size, three seeds.
+    assert retraining_cost(host.plan(changed), None) == {"trainings": "81 once + 15 per query"}
+    attribution = {"use": "dabgo:attribution", "method": "bm25", "view": "ascent"}
+    refused = host.plan(host.resolve({**table, "evaluator": attribution}, (), path))
+    with pytest.raises(ConfigError, match="exists for method dabgo only, not bm25"):
+        plan_cost(refused, 1)
 
 
 def test_costs_grow_with_corpus_queries_and_steps():

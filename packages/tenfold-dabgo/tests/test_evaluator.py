@@ -10,7 +10,9 @@ from tenfold.errors import ConfigError
 from tenfold.records import ItemResult, PromptRecord, SampleRecord, TextRecord
 from tenfold.report import render_html, render_markdown
 from tenfold.testing.context import FakeContext
+from tenfold_dabgo.evaluation.null import null_queries
 from tenfold_dabgo.evaluator import Attribution
+from tenfold_dabgo.scores import unpacked_ids
 from tenfold_dabgo.settings import METHODS
 from tenfold_dabgo.weights import fingerprint
 
@@ -101,7 +103,7 @@ def test_an_item_holds_rankings_rollups_and_token_scores(model, tmp_path):
     np.testing.assert_allclose(
         arrays["loss_ascent"] - arrays["loss_descent"], arrays["score"], equal_nan=True
     )
-    assert arrays["sample_id"].tolist() == [f"t{i}" for i in range(8)]
+    assert unpacked_ids(arrays) == [f"t{i}" for i in range(8)]
 
 
 def test_items_are_repeatable_and_do_not_depend_on_each_other(model, tmp_path):
@@ -255,6 +257,9 @@ def test_report_of_failed_runs_says_so(tmp_path):
         ({"method": "bm52"}, "did you mean 'bm25'"),
         ({"preset": "best"}, "known: recommended, paper"),
         ({"view": "raw"}, "known: signed"),
+        ({"view": "ascent", "method": "bm25"}, "exists for method dabgo only, not bm25"),
+        ({"null_queries": 1, "export": ["csv"]}, "a spread needs 2 or more"),
+        ({"null_queries": 4}, "no table is exported"),
         ({"top_k": 0}, "top_k is 0"),
         ({"steps": 0}, "steps is 0"),
         ({"min_group": 0}, "min_group is 0"),
@@ -298,3 +303,21 @@ def test_rankings_are_exported_where_asked_and_the_report_names_them(model, tmp_
     assert all(path in markdown for path in paths.values())
     _, _, plain = evaluate(model, tmp_path, query_set("abcdefgh"), method="bm25", export=forms)
     assert "latex" not in plain[0].values["exports"]
+
+
+def test_exported_tables_say_how_far_a_score_stands_from_random_queries(model, tmp_path):
+    """z from the file = (s - mean) / std of the null, scored anew from the null's own seed."""
+    ctx, evaluator, results = evaluate(
+        model, tmp_path, query_set("abcdefgh"), export=["jsonl"], null_queries=5
+    )
+    path = ctx.artifacts / results[0].values["exports"]["jsonl"]
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    prepared = evaluator._prepared[1]
+    asked = null_queries(prepared.dataset, "corpus", 5, 8, model.vocabulary_size, 0)
+    null = np.stack([result.values for result in prepared.main.attribute(asked)])
+    index = {name: i for i, name in enumerate(prepared.dataset.sample_ids)}
+    for row in rows:
+        own = null[:, index[row["sample_id"]]]
+        expected = (row["signed"] - own.mean()) / own.std(ddof=1)
+        assert row["z"] == pytest.approx(expected, rel=1e-6)
+    assert len(rows) == 7

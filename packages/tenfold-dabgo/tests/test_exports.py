@@ -247,6 +247,26 @@ def test_parts_of_one_corpus_merge_to_the_whole(result):
     assert again.scored.tolist() == [True, False, True, False, True]
 
 
+def test_results_of_two_prefilters_merge_and_exact_scores_win(result):
+    """Each scored some samples exactly and guessed the others; a guess is no contradiction."""
+    parts = []
+    for keep in ([0, 1], [1, 2]):
+        half = part(result, keep)
+        half.exact = half.scored
+        rough = np.where(result.scored, result.values + 0.01, np.nan)
+        half.values = np.where(half.exact, half.values, rough)
+        parts.append(half)
+    for merged in (parts[0].merge(parts[1]), parts[1].merge(parts[0])):
+        assert merged.exact.tolist() == [True, True, True, False, False]
+        np.testing.assert_array_equal(merged.values[:3], result.values[:3])
+        np.testing.assert_array_equal(merged.losses["ascent"][:3], result.losses["ascent"][:3])
+        assert merged.values[4] == result.values[4] + 0.01
+        assert np.isnan(merged.values[3])
+    parts[1].values = np.where(parts[1].exact, parts[1].values + 1, parts[1].values)
+    with pytest.raises(ConfigError, match="cannot be merged: sample '1'"):
+        parts[0].merge(parts[1])
+
+
 def test_two_corpora_merge_into_one_ranking(result):
     other_data = TokenDataset.from_ids([[7, 8], [1, 2, 3, 4]], ids=["x", "y"])
     other = AttributionResult(

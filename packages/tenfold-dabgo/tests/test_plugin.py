@@ -52,6 +52,7 @@ QUALITY = [
     (plugin.LABELS, relevance.LabelSettings, relevance.Labels),
 ]
 HIDDEN = {
+    "null_queries",
     "method",
     "view",
     "top_k",

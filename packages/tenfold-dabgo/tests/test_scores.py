@@ -8,7 +8,7 @@ from tenfold.errors import ConfigError
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.granularity import document_scores, document_tokens, spans, vocabulary_scores
 from tenfold_dabgo.rollup import aggregate, merge_windows
-from tenfold_dabgo.scores import AttributionResult, spearman
+from tenfold_dabgo.scores import AttributionResult, packed_ids, spearman, unpacked_ids
 
 
 def result(values, dataset=None, **extra):
@@ -148,3 +148,11 @@ def test_z_scores_compare_with_unrelated_queries():
     null = np.array([[0.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
     assert r.z_scores(null)[0] == pytest.approx(2.0)
     assert np.isnan(r.z_scores(null)[1])
+
+
+def test_ids_in_files_take_their_own_length_and_come_back():
+    ids = ["a", "", "é" * 3, "x" * 1000, "\ud800"]
+    packed = packed_ids(ids)
+    assert unpacked_ids(packed) == ids
+    assert packed["sample_id_bytes"].nbytes == 1 + 6 + 1000 + 3
+    assert unpacked_ids(packed_ids([])) == []

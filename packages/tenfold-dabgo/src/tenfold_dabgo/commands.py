@@ -55,6 +55,8 @@ def attribute(
     top_k: int | None = None,
     prefilter: float | None = None,
     compare: Sequence[str] | None = None,
+    export: Sequence[str] | None = None,
+    null_queries: int | None = None,
     set: Sequence[str] = (),
     limit: int | None = None,
     resume: bool = False,
@@ -66,6 +68,7 @@ def attribute(
     given = {
         "method": method, "preset": preset, "view": view, "top_k": top_k,
         "prefilter": prefilter, "compare": list(compare) if compare else None,
+        "export": list(export) if export else None, "null_queries": null_queries,
     }  # fmt: skip
     table = evaluator_table(table, ATTRIBUTION, given)
     outcome = _run(host, table, path, set, limit, resume=resume)

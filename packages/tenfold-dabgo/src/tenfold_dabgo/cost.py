@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tenfold_dabgo.views import check_view
+
 if TYPE_CHECKING:
     from tenfold.plan import Node, Plan
 
@@ -97,9 +99,12 @@ def passes(
     texts of `length` tokens)."""
     once = per_query = 0.0
     for method in {settings["method"], *settings["compare"]}:
+        before = per_query
         if method != "dabgo":
             first, each = OTHER_METHODS[method]
             once, per_query = once + first, per_query + each
+            if method == settings["method"]:
+                once += settings["null_queries"] * each
             continue
         if settings["fisher"] not in ("identity", "file"):
             once += 3
@@ -110,6 +115,8 @@ def passes(
         if share is not None:
             # Directions are padded to a whole block.
             per_query += (3 + QUERY_BLOCK / length) / min(max(queries, 1), QUERY_BLOCK)
+        if method == settings["method"]:
+            once += settings["null_queries"] * (per_query - before)
     return once, per_query
 
 
@@ -188,6 +195,7 @@ def plan_cost(plan: Plan, items: int | None) -> dict[str, Any]:
     """
     assert plan.evaluator is not None
     settings = plan.evaluator.params
+    check_view(settings["method"], settings["view"])
     once, per_query = passes(settings, items or QUERY_BLOCK)
     rows: dict[str, Any] = {
         "corpus passes": f"{once:g} forwards once + {per_query:.3g} per query",
@@ -214,6 +222,27 @@ def plan_cost(plan: Plan, items: int | None) -> dict[str, Any]:
     rows["FLOPs"] = f"about {cost.flops:.3g} {whose}"
     rows["disk"] = f"about {cost.disk_bytes / 1e6:.3g} MB {whose}"
     return rows
+
+
+def retraining_cost(plan: Plan, items: int | None) -> dict[str, Any]:
+    """The trainings that `dabgo:retraining` does at most: sets that all queries share, and each
+    query's own removals (methods that remove the same samples share one).
+
+    Args:
+        plan: the checked plan.
+        items: upper bound of the number of queries, when there is one.
+    """
+    assert plan.evaluator is not None
+    p = plan.evaluator.params
+    measure, seeds = set(p["measure"]), p["seeds"]
+    sizes = len(set(p["k"])) * ("removal" in measure) + ("qld" in measure)
+    shared = seeds * (1 + sizes * p["random_draws"]) if sizes else 0
+    shared += p["subsets"] * p["lds_seeds"] * ("lds" in measure)
+    shared += p["loo_samples"] * seeds * ("loo" in measure)
+    shared += p["attributed"] == "retrained"
+    each = len(p["methods"]) * sizes * seeds
+    total = "" if items is None else f": {shared + each * items} for at most {items} queries"
+    return {"trainings": f"{shared} once + {each} per query{total}"}
 
 
 def _length(size: ModelSize, settings: Mapping[str, Any]) -> float:

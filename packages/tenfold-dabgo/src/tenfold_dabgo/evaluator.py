@@ -21,7 +21,7 @@ from tenfold_dabgo.linear import QUERY_BLOCK
 from tenfold_dabgo.methods import make_attributor
 from tenfold_dabgo.queries import Query, query_from_record
 from tenfold_dabgo.scores import AttributionResult
-from tenfold_dabgo.settings import AttributionSettings
+from tenfold_dabgo.settings import TABLES, AttributionSettings
 from tenfold_dabgo.shards import write_arrays
 from tenfold_dabgo.summary import item_summary, summarize
 from tenfold_dabgo.team import Team, explain_failure
@@ -54,6 +54,7 @@ class Attribution:
         self._train: Dataset | None = None
         self._prepared: tuple[Any, _Prepared] | None = None
         self._spread: tuple[Any, Any, Team] | None = None
+        self._null: tuple[Any, np.ndarray] | None = None
 
     def plan(self, ctx: Context, data: Mapping[str, Dataset]) -> WorkItems:
         """One item per query record, in the dataset's order."""
@@ -78,6 +79,8 @@ class Attribution:
             ComponentError: shared work failed on one of several processes.
         """
         team = Team.join(ctx)
+        if self.settings.null_queries and not team.alone:
+            raise ConfigError("null_queries needs one process", hint="set scale.processes = 1")
         try:
             yield from self._run(ctx, models["model"], items, team)
         except Exception as error:
@@ -249,8 +252,6 @@ class Attribution:
     ) -> dict[str, Any]:
         """The item's JSON values; arrays go to an artifact, timings to the event log."""
         settings, view = self.settings, self.settings.resolved_view
-        if result.method != "dabgo" and view in ("ascent", "descent"):
-            raise RunFailed(f"view {view!r} exists for method dabgo only, not {result.method}")
         artifact = f"scores/{content_hash(query.id)}.npz"
         write_arrays(Path(ctx.artifacts) / artifact, result.arrays())
         details = dict(result.details)
@@ -316,9 +317,23 @@ class Attribution:
                 view=view,
                 model=model,
                 settings=asdict(self.settings),
+                null=self._null_scores(ctx, model) if form in TABLES else None,
                 top=self.settings.top_k,
             )
         return {"exports": paths}
+
+    def _null_scores(self, ctx: Context, model: Any) -> np.ndarray | None:
+        """`[M, N]` scores of random queries, for the column z; once per model."""
+        if not self.settings.null_queries:
+            return None
+        assert self._prepared is not None
+        if self._null is None or self._null[0] is not model:
+            from tenfold_dabgo.evaluation.null import null_of_method
+
+            dataset = self._prepared[1].dataset
+            cache = Path(ctx.cache_dir) / CACHE_FOLDER
+            self._null = (model, null_of_method(ctx, model, dataset, self.settings, cache))
+        return self._null[1]
 
     def _same_group(
         self, query: Query, result: AttributionResult, top: Sequence[int]

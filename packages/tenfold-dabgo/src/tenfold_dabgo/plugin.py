@@ -59,6 +59,8 @@ _OUTPUT = (
     Param("compare", "list[str]", (), "methods to compare with", choices=_METHODS),
     Param("export", "list[str]", (), "also write each ranking to artifacts/exports, as these "
           "formats", choices=("jsonl", "csv", "parquet", "markdown", "latex")),
+    Param("null_queries", "int", 0, "random queries against which exported tables standardise "
+          "each score (column z); 0 for none", minimum=0),
     Param("base_losses", "bool", False, "also evaluate the unchanged model"),
 )  # fmt: skip
 
@@ -128,7 +130,9 @@ _METHOD_PARAMS = (
 )
 
 
-def _quality(name: str, target: str, summary: str, params: tuple[Param, ...]) -> ComponentSpec:
+def _quality(
+    name: str, target: str, summary: str, params: tuple[Param, ...], cost: str = ""
+) -> ComponentSpec:
     """A quality evaluator: methods to compare, its own parameters, those of the methods."""
     return ComponentSpec(
         name=name,
@@ -139,6 +143,7 @@ def _quality(name: str, target: str, summary: str, params: tuple[Param, ...]) ->
         data={"train": ("text",), "queries": ("sample", "text", "prompt")},
         modules=("torch", "numpy", "transformers"),
         tags=("attribution", "data", "quality"),
+        cost=cost,
     )
 
 
@@ -210,6 +215,7 @@ RETRAINING = _quality(
         Param("loo_samples", "int", 24, "single samples that loo removes", minimum=2),
         *_TRAINING,
     ),
+    cost="tenfold_dabgo.cost:retraining_cost",
 )  # fmt: skip
 
 LABELS = _quality(
@@ -405,6 +411,10 @@ def tenfold_commands() -> list[CommandSpec]:
                       minimum=0, maximum=1),
                 Param("compare", "list[str]", None, "methods to compare with",
                       choices=_METHODS),
+                Param("export", "list[str]", None, "write each ranking as these formats",
+                      choices=("jsonl", "csv", "parquet", "markdown", "latex")),
+                Param("null_queries", "int", None, "random queries for the exports' column z",
+                      minimum=0),
                 _SET,
                 *_RUN,
             ),

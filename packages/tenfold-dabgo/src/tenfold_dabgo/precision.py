@@ -1,8 +1,9 @@
 """The noise floor: how small a score can be before rounding decides the ranking.
 
 Scores are differences of nearly equal losses. Rounding is measured, not guessed: a probe of
-samples is scored once in the usual batches and once row by row; exact arithmetic would give the
-same numbers, so the difference is noise.
+samples is scored once in the usual batches and once row by row, in single precision at least;
+exact arithmetic would give the same numbers, so the difference is noise. (Two runs in the same
+lower precision would share their roundings and look better than they are.)
 """
 
 from __future__ import annotations
@@ -80,7 +81,12 @@ def noise_floor(
     probe = probe_indices(dataset, PROBE_SAMPLES, np.isfinite(scores))
     batched = passes.run(probe).means if means is None else means
     single = {  # one set after the other: the weights change once
-        name: replace(passes, variants={name: passes.variants[name]}, token_budget=1)
+        name: replace(
+            passes,
+            variants={name: passes.variants[name]},
+            token_budget=1,
+            precision="float32",
+        )
         .run(probe)
         .means[name]
         for name in ("ascent", "descent")

@@ -13,7 +13,7 @@ s_i > 0: learning the query lowers z_i's loss, so z_i is a *proponent* of the qu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import numpy as np
 from tenfold.errors import ConfigError
 
 from tenfold_dabgo.corpus import TokenDataset
+from tenfold_dabgo.views import VIEWS
 
-VIEWS = ("signed", "abs", "ascent", "descent")
 DIRECTIONS = ("proponents", "opponents")
 UNIT = "nats/token"
 
@@ -153,14 +153,19 @@ class AttributionResult:
 
     def z_scores(self, null: np.ndarray) -> np.ndarray:
         """`[N]` scores as standard deviations from a null: `null [M, N]` are the scores of M
-        unrelated queries for the same samples."""
-        center, spread = np.nanmean(null, axis=0), np.nanstd(null, axis=0, ddof=1)
-        return (self.values - center) / np.where(spread > 0, spread, np.nan)
+        unrelated queries for the same samples; NaN where fewer than two of them have one."""
+        out = np.full(len(self.values), np.nan)
+        usable = np.isfinite(null).sum(axis=0) > 1
+        known = null[:, usable]
+        center, spread = np.nanmean(known, axis=0), np.nanstd(known, axis=0, ddof=1)
+        out[usable] = (self.values[usable] - center) / np.where(spread > 0, spread, np.nan)
+        return out
 
     def merge(self, other: AttributionResult) -> AttributionResult:
         """One result of two parts: other samples of the same corpus, or another corpus.
 
-        Over the same samples, each fills in what the other lacks. Otherwise the corpora are
+        Over the same samples, each fills in what the other lacks, and exact scores replace those
+        of a prefilter. Otherwise the corpora are
         joined, this one first.
 
         Raises:
@@ -206,8 +211,9 @@ class AttributionResult:
             raise ConfigError(f"the two results cannot be merged: {'; '.join(different)}")
 
     def _filled(self, other: AttributionResult) -> AttributionResult:
-        """Both results over one list of samples."""
-        clash = np.flatnonzero(self.scored & other.scored & (self.values != other.values))
+        """Both results over one list of samples; an exact score replaces a first-order one."""
+        sure = self._scored_exactly & other._scored_exactly
+        clash = np.flatnonzero(sure & (self.values != other.values))
         if clash.size:
             name = self.dataset.sample_ids[clash[0]]
             raise ConfigError(
@@ -215,8 +221,10 @@ class AttributionResult:
                 f"{self.values[clash[0]]:.6g} in one and {other.values[clash[0]]:.6g} in the other"
             )
 
+        better = ~self._scored_exactly & other._scored_exactly
+
         def either(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-            return np.where(np.isfinite(mine), mine, theirs)
+            return np.where(~np.isfinite(mine) | (better & np.isfinite(theirs)), theirs, mine)
 
         exact = None
         if self.exact is not None or other.exact is not None:
@@ -268,10 +276,31 @@ class AttributionResult:
         """All arrays for a file, with lengths and the corpus order of sample ids."""
         out = {"score": self.values, "n_scored": self.dataset.n_scored}
         out |= {f"loss_{name}": values for name, values in self.losses.items()}
-        out["sample_id"] = np.asarray(self.dataset.sample_ids)
+        out |= packed_ids(self.dataset.sample_ids)
         if self.exact is not None:
             out["exact"] = self.exact
         return out
+
+
+def packed_ids(ids: Sequence[str]) -> dict[str, np.ndarray]:
+    """Ids as UTF-8 bytes, one after the other, and where each ends: an array of strings would
+    be as wide as the longest everywhere."""
+    coded = [name.encode("utf-8", "surrogatepass") for name in ids]
+    return {
+        "sample_id_bytes": np.frombuffer(b"".join(coded), dtype=np.uint8),
+        "sample_id_ends": np.cumsum([len(name) for name in coded], dtype=np.int64),
+    }
+
+
+def unpacked_ids(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """The ids of `packed_ids`.
+
+    Raises:
+        KeyError: there are none.
+    """
+    data, ends = arrays["sample_id_bytes"].tobytes(), arrays["sample_id_ends"].tolist()
+    starts = [0, *ends][:-1]
+    return [data[a:b].decode("utf-8", "surrogatepass") for a, b in zip(starts, ends, strict=True)]
 
 
 def ranks(values: np.ndarray) -> np.ndarray:

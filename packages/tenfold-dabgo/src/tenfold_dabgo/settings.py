@@ -17,7 +17,7 @@ from tenfold.errors import ConfigError, nearest
 from tenfold_dabgo.fisher_estimate import KINDS
 from tenfold_dabgo.perturb import Perturbation
 from tenfold_dabgo.rollup import reduction
-from tenfold_dabgo.scores import VIEWS
+from tenfold_dabgo.views import ONE_SIDED, VIEWS, check_view
 
 PRESETS = ("recommended", "paper")
 METHODS = (
@@ -37,6 +37,8 @@ METHODS = (
 )
 
 EXPORTS = ("jsonl", "csv", "parquet", "markdown", "latex")
+TABLES = EXPORTS[:3]
+"""Formats that hold every sample, and can have a column z."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class AttributionSettings:
     min_group: int = 1
     compare: Sequence[str] = ()
     export: Sequence[str] = ()
+    null_queries: int = 0
     rule: str = "natural_gradient"
     steps: int = 10
     lr: float | None = None
@@ -98,6 +101,8 @@ class AttributionSettings:
             _known("export", name, EXPORTS)
         if self.view is not None:
             _known("view", self.view, VIEWS)
+        check_view(self.method, self.view)
+        self._check_null_queries()
         if self.top_k < 1:
             raise ConfigError(f"top_k is {self.top_k}; it must be at least 1")
         if self.min_group < 1:
@@ -112,6 +117,20 @@ class AttributionSettings:
         reduction(self.how)
         self._check_early_stop()
         self.perturbation()
+
+    def _check_null_queries(self) -> None:
+        if self.null_queries == 0:
+            return
+        if self.null_queries < 2:
+            raise ConfigError(
+                f"null_queries is {self.null_queries}; a spread needs 2 or more (0: no column z)"
+            )
+        if not set(self.export) & set(TABLES):
+            raise ConfigError(
+                f"null_queries is {self.null_queries}, but no table is exported that could hold "
+                "the column z",
+                hint=f"set export to one of {', '.join(TABLES)}",
+            )
 
     def _check_early_stop(self) -> None:
         if self.early_stop is None:
@@ -142,7 +161,7 @@ class AttributionSettings:
     @property
     def needs_base_losses(self) -> bool:
         """One-sided views are differences from the base losses."""
-        return self.base_losses or self.resolved_view in ("ascent", "descent")
+        return self.base_losses or self.resolved_view in ONE_SIDED
 
     def perturbation(self) -> Perturbation:
         """The perturbation of preset and explicit values.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from tenfold.capabilities import Context, Dataset
@@ -19,6 +19,8 @@ from tenfold_dabgo.evaluator import CACHE_FOLDER
 from tenfold_dabgo.queries import Query, query_from_record
 from tenfold_dabgo.settings import AttributionSettings
 from tenfold_dabgo.weights import fingerprint
+
+T = TypeVar("T")
 
 
 def split_settings(own: Any, params: Mapping[str, Any]) -> tuple[Any, AttributionSettings]:
@@ -119,6 +121,47 @@ def prepare(
         hash=dataset.content_hash(),
     )
     return Bench(model, model_hash, dataset, queries, errors, scorer)
+
+
+@dataclass
+class Stage(Generic[T]):
+    """What `plan` of a quality evaluator leaves for `run`, and what `run` prepares once per model.
+
+    Attributes:
+        settings: of the methods.
+        sources: the methods.
+        train: the training texts, once planned.
+        records: the query records, once planned.
+    """
+
+    settings: AttributionSettings
+    sources: Sequence[Source]
+    train: Dataset | None = None
+    records: list[Record] = field(default_factory=list)
+    _ready: tuple[Any, T] | None = None
+
+    def plan(self, data: Mapping[str, Dataset]) -> list[Record]:
+        """Takes over the datasets; the query records.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        self.train, self.records = data["train"], load_records(data)
+        return self.records
+
+    def ready(self, ctx: Context, model: Any, build: Callable[[Bench], T]) -> T:
+        """What `build` makes of the bench, kept while the model is the same.
+
+        Raises:
+            ConfigError: an empty corpus, or windows that make no sense.
+            RunFailed: nothing is planned yet.
+        """
+        if self._ready is None or self._ready[0] is not model:
+            if self.train is None:
+                raise RunFailed("run was called before plan: the training texts are not known")
+            bench = prepare(ctx, model, self.train, self.records, self.settings, self.sources)
+            self._ready = (model, build(bench))
+        return self._ready[1]
 
 
 def query_result(

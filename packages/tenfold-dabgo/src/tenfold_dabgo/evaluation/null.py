@@ -23,10 +23,11 @@ from tenfold.seeds import content_hash, derive
 from tenfold_dabgo import describe
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.evaluation.bench import Bench
-from tenfold_dabgo.evaluation.sources import Scorer, Source
+from tenfold_dabgo.evaluation.sources import Scorer, Source, parse_source
 from tenfold_dabgo.queries import Query
 from tenfold_dabgo.settings import AttributionSettings
 from tenfold_dabgo.shards import write_arrays
+from tenfold_dabgo.weights import fingerprint
 
 NULLS = ("corpus", "uniform")
 BINS = 40
@@ -60,14 +61,16 @@ class NullScores:
         kind: str,
         count: int,
         settings: AttributionSettings,
+        length: int | None = None,
     ) -> NullScores:
         """Scores the random queries, or reads what an interrupted run has scored.
 
-        Their length is the median of the real queries'. Recorded runs have no null.
+        Their length is the median of the real queries' where none is given. Recorded runs have
+        no null.
         """
         live = [s for s in sources if not s.run]
         lengths = [len(query.ids) for query in bench.queries.values()] or [2]
-        length = min(int(np.median(lengths)), bench.model.context_length)
+        length = min(length or int(np.median(lengths)), bench.model.context_length)
         queries = null_queries(
             bench.dataset, kind, count, length, bench.model.vocabulary_size, settings.seed
         )
@@ -99,6 +102,23 @@ class NullScores:
         with np.errstate(invalid="ignore", divide="ignore"):
             center, spread = null.mean(axis=0), null.std(axis=0, ddof=1)
             return (scores - center) / np.where(spread > 0, spread, np.nan)
+
+
+def null_of_method(
+    ctx: Context, model: Any, dataset: TokenDataset, settings: AttributionSettings, cache: Path
+) -> np.ndarray:
+    """`[M, N]` signed scores of `null_queries` random queries by the run's own method.
+
+    As long as the median training text, so that they do not depend on which queries a process
+    has at hand.
+    """
+    source = parse_source(f"{settings.method}/signed")
+    model_hash = fingerprint(model)
+    scorer = Scorer(model, dataset, settings, [source], cache=cache, model_hash=model_hash)
+    bench = Bench(model, model_hash, dataset, {}, {}, scorer)
+    length = int(np.median(dataset.lengths))
+    null = NullScores.of(ctx, bench, [source], "corpus", settings.null_queries, settings, length)
+    return null.scores[source.label]
 
 
 def _read(path: Path, names: Sequence[str], size: int) -> dict[str, np.ndarray] | None:

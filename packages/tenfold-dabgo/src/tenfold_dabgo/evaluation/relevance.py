@@ -16,16 +16,15 @@ from typing import Any
 
 import numpy as np
 from tenfold.capabilities import Context, Dataset
-from tenfold.errors import ConfigError, RunFailed
-from tenfold.records import ItemResult, Metric, Metrics, Record, WorkItem, WorkItems
+from tenfold.errors import ConfigError
+from tenfold.records import ItemResult, Metric, Metrics, WorkItem, WorkItems
 from tenfold.seeds import content_hash
 
 from tenfold_dabgo import describe
 from tenfold_dabgo.evaluation import labels
 from tenfold_dabgo.evaluation.bench import (
     Bench,
-    load_records,
-    prepare,
+    Stage,
     query_result,
     split_settings,
     top_indices,
@@ -93,9 +92,7 @@ class Labels:
     def __init__(self, **params: Any) -> None:
         self.settings, self.method_settings = split_settings(LabelSettings, params)
         self.sources = parse_sources(self.settings.methods)
-        self._train: Dataset | None = None
-        self._records: list[Record] = []
-        self._desk: tuple[Any, _Desk] | None = None
+        self._stage: Stage[_Desk] = Stage(self.method_settings, self.sources)
 
     def plan(self, ctx: Context, data: Mapping[str, Dataset]) -> WorkItems:
         """One item per query record, in the dataset's order.
@@ -103,18 +100,17 @@ class Labels:
         Raises:
             ConfigError: no query has the column.
         """
-        self._train = data["train"]
-        self._records = load_records(data)
+        records = self._stage.plan(data)
         column = self.settings.column
         if self.settings.relevance == "column" and not any(
-            r.metadata.get(column) is not None for r in self._records
+            r.metadata.get(column) is not None for r in records
         ):
-            known = sorted({name for r in self._records for name in r.metadata})
+            known = sorted({name for r in records for name in r.metadata})
             raise ConfigError(
                 f"no query has the column {column!r} (they have: {', '.join(known) or 'none'})",
                 hint='name a column that corpus and queries share, or set relevance = "duplicate"',
             )
-        return WorkItems([WorkItem(r.id, r) for r in self._records], len(self._records))
+        return WorkItems([WorkItem(r.id, r) for r in records], len(records))
 
     def run(
         self, ctx: Context, models: Mapping[str, Any], items: Iterable[WorkItem]
@@ -122,23 +118,18 @@ class Labels:
         """Scores query by query. One that cannot be scored fails alone."""
         model = models["model"]
         for item in items:
-            desk = self._prepare(ctx, model)
+            desk = self._stage.ready(ctx, model, partial(self._desk, ctx))
             yield query_result(desk.bench, item.id, item.id, partial(self._values, desk))
 
     # --- Preparation --------------------------------------------------------------------------
 
-    def _prepare(self, ctx: Context, model: Any) -> _Desk:
-        if self._desk is not None and self._desk[0] is model:
-            return self._desk[1]
-        if self._train is None:
-            raise RunFailed("run was called before plan: the training texts are not known")
-        bench = prepare(ctx, model, self._train, self._records, self.method_settings, self.sources)
+    def _desk(self, ctx: Context, bench: Bench) -> _Desk:
         settings, by_column = self.settings, self.settings.relevance == "column"
         column = bench.dataset.column(settings.column) if by_column else []
         twin, untrained = None, None
         if settings.randomized and any(s.uses_model for s in self.sources):
             seed = self.method_settings.seed
-            untrained = fresh_weights(model, seed)
+            untrained = fresh_weights(bench.model, seed)
             twin = replace(
                 bench.scorer,
                 sources=[s for s in self.sources if s.uses_model],
@@ -151,9 +142,7 @@ class Labels:
                 ctx, bench, self.sources, settings.null, settings.null_queries,
                 self.method_settings,
             )  # fmt: skip
-        desk = _Desk(bench, column, twin, untrained, null)
-        self._desk = (model, desk)
-        return desk
+        return _Desk(bench, column, twin, untrained, null)
 
     # --- One query ----------------------------------------------------------------------------
 

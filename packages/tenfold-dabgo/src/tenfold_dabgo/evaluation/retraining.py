@@ -22,16 +22,15 @@ from typing import Any
 
 import numpy as np
 from tenfold.capabilities import Context, Dataset
-from tenfold.errors import ConfigError, RunFailed
-from tenfold.records import ItemResult, Metrics, Record, WorkItem, WorkItems
+from tenfold.errors import ConfigError
+from tenfold.records import ItemResult, Metrics, WorkItem, WorkItems
 from tenfold.seeds import content_hash, derive
 
 from tenfold_dabgo import describe
 from tenfold_dabgo.evaluation.bench import (
     Bench,
-    load_records,
+    Stage,
     numbers,
-    prepare,
     query_result,
     split_settings,
 )
@@ -175,14 +174,11 @@ class Retraining:
                 "that run scored other weights",
                 hint='use attributed = "given"',
             )
-        self._train: Dataset | None = None
-        self._records: list[Record] = []
-        self._lab: tuple[Any, _Lab] | None = None
+        self._stage: Stage[_Lab] = Stage(self.method_settings, self.sources)
 
     def plan(self, ctx: Context, data: Mapping[str, Dataset]) -> WorkItems:
         """Training sets that all queries share, then one item per query."""
-        self._train = data["train"]
-        self._records = load_records(data)
+        records = self._stage.plan(data)
         settings, ids = self.settings, []
         if settings.removals:
             ids += [f"full/{s}" for s in range(settings.seeds)]
@@ -195,7 +191,7 @@ class Retraining:
             ids += [f"lds/{j:03d}" for j in range(settings.subsets)]
         if "loo" in settings.measure:
             ids += [f"loo/{j:03d}" for j in range(settings.loo_samples)]
-        ids += [f"query/{record.id}" for record in self._records]
+        ids += [f"query/{record.id}" for record in records]
         return WorkItems([WorkItem(i) for i in ids], len(ids))
 
     def run(
@@ -204,7 +200,7 @@ class Retraining:
         """Trains and scores. A query that cannot be scored fails alone."""
         model = models["model"]
         for item in items:
-            lab = self._prepare(ctx, model)
+            lab = self._stage.ready(ctx, model, partial(self._laboratory, ctx))
             kind, _, rest = item.id.partition("/")
             if kind != "query":
                 yield ItemResult(item.id, self._shared(lab, kind, rest))
@@ -213,19 +209,9 @@ class Retraining:
 
     # --- Preparation --------------------------------------------------------------------------
 
-    def _prepare(self, ctx: Context, model: Any) -> _Lab:
-        if self._lab is not None and self._lab[0] is model:
-            return self._lab[1]
-        if self._train is None:
-            raise RunFailed("run was called before plan: the training texts are not known")
-        bench = prepare(ctx, model, self._train, self._records, self.method_settings, self.sources)
+    def _laboratory(self, ctx: Context, bench: Bench) -> _Lab:
         if not bench.queries:
             raise ConfigError(f"no query can be scored; first: {next(iter(bench.errors.values()))}")
-        lab = self._laboratory(ctx, bench)
-        self._lab = (model, lab)
-        return lab
-
-    def _laboratory(self, ctx: Context, bench: Bench) -> _Lab:
         settings, n = self.settings, int(bench.dataset.scorable.sum())
         folder = Path(ctx.cache_dir) / CACHE_FOLDER / "retrained"
         queries = list(bench.queries.values())

@@ -26,8 +26,9 @@ from tenfold_dabgo.baselines.bm25 import Bm25Attributor
 from tenfold_dabgo.corpus import TokenDataset
 from tenfold_dabgo.methods import make_attributor
 from tenfold_dabgo.queries import Query
-from tenfold_dabgo.scores import VIEWS, AttributionResult
+from tenfold_dabgo.scores import AttributionResult, unpacked_ids
 from tenfold_dabgo.settings import METHODS, PRESETS, AttributionSettings
+from tenfold_dabgo.views import VIEWS
 
 RUN_PREFIX = "run:"
 CHARACTERS = "characters"
@@ -271,6 +272,6 @@ def read_scores(path: Path) -> tuple[list[str], np.ndarray]:
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return arrays["sample_id"].tolist(), arrays["score"]
+            return unpacked_ids(arrays), arrays["score"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise RunFailed(f"cannot read the scores in {path}: {error}") from error

@@ -15,15 +15,14 @@ from typing import Any
 
 import numpy as np
 from tenfold.capabilities import Context, Dataset
-from tenfold.errors import ConfigError, RunFailed
-from tenfold.records import ItemResult, Metrics, Record, WorkItem, WorkItems
+from tenfold.errors import ConfigError
+from tenfold.records import ItemResult, Metrics, WorkItem, WorkItems
 from tenfold.seeds import derive
 
 from tenfold_dabgo import describe
 from tenfold_dabgo.evaluation.bench import (
     Bench,
-    load_records,
-    prepare,
+    Stage,
     query_result,
     split_settings,
     top_indices,
@@ -98,15 +97,12 @@ class TailPatch:
     def __init__(self, **params: Any) -> None:
         self.settings, self.method_settings = split_settings(TailPatchSettings, params)
         self.sources = parse_sources(self.settings.methods)
-        self._train: Dataset | None = None
-        self._records: list[Record] = []
-        self._bench: tuple[Any, Bench] | None = None
+        self._stage: Stage[Bench] = Stage(self.method_settings, self.sources)
 
     def plan(self, ctx: Context, data: Mapping[str, Dataset]) -> WorkItems:
         """One item per query record, in the dataset's order."""
-        self._train = data["train"]
-        self._records = load_records(data)
-        return WorkItems([WorkItem(r.id, r) for r in self._records], len(self._records))
+        records = self._stage.plan(data)
+        return WorkItems([WorkItem(r.id, r) for r in records], len(records))
 
     def run(
         self, ctx: Context, models: Mapping[str, Any], items: Iterable[WorkItem]
@@ -114,18 +110,8 @@ class TailPatch:
         """Scores and patches, query by query. A query that cannot be scored fails alone."""
         model = models["model"]
         for item in items:
-            bench = self._prepare(ctx, model)
+            bench = self._stage.ready(ctx, model, lambda bench: bench)
             yield query_result(bench, item.id, item.id, partial(self._values, ctx, bench))
-
-    def _prepare(self, ctx: Context, model: Any) -> Bench:
-        if self._bench is None or self._bench[0] is not model:
-            if self._train is None:
-                raise RunFailed("run was called before plan: the training texts are not known")
-            bench = prepare(
-                ctx, model, self._train, self._records, self.method_settings, self.sources
-            )
-            self._bench = (model, bench)
-        return self._bench[1]
 
     def _values(self, ctx: Context, bench: Bench, query: Query) -> dict[str, Any]:
         """All rows of one query."""
