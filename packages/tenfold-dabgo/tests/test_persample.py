@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tenfold.capabilities import TokenBatch
 from tenfold.lm.batching import scored_positions
 from tenfold_dabgo.batches import sample_means, single_row, token_batch
-from tenfold_dabgo.persample import PerSampleGradients
+from tenfold_dabgo.persample import PerSampleGradients, probe
 from tenfold_dabgo.weights import borrowed
 
 
@@ -163,3 +163,11 @@ def test_heads_that_share_a_weight_are_not_mistaken_for_fewer_passes(make, chunk
     assert used.route == "capture", used.reason
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_the_check_of_the_first_batch_is_small_and_sees_unequal_rows():
+    ids = torch.arange(20 * 300).reshape(20, 300)
+    small = probe(TokenBatch(ids, torch.ones_like(ids), torch.ones_like(ids)))
+    assert small.input_ids.shape == small.attention_mask.shape == small.loss_mask.shape == (3, 48)
+    assert small.input_ids[:, 0].tolist() == [0, 10 * 300, 19 * 300]
+    assert small.attention_mask.sum(1).tolist() == [48, 48, 32]
