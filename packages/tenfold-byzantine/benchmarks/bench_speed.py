@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from tenfold.files import write_text
 from tenfold.lm.model import CausalLM
 from tenfold.lm.tokenizer import train_bpe
 from tenfold.records import Completion, GenerationConfig
+from tenfold_byzantine.cast import Cast
 from tenfold_byzantine.contracts import Ballot, Proposal, Rules, View
 from tenfold_byzantine.engine import Game
 from tenfold_byzantine.events import EventLog
@@ -86,7 +87,7 @@ def monte_carlo(count: int) -> int:
 def with_mesa() -> Callable[[int], int] | None:
     """The same game as a Mesa model; None where Mesa is not installed."""
     try:
-        import mesa
+        mesa: Any = import_module("mesa")
     except ImportError:
         return None
 
@@ -242,7 +243,7 @@ def model(quick: bool) -> CausalLM:
             texts.extend(map(_flat, prompts))
             return [[Completion("{}")] for _ in prompts]
 
-    cast = {"honest": LanguagePolicy(Listener(), LanguageSettings(attempts=1))}
+    cast = Cast(config, {"honest": LanguagePolicy(Listener(), LanguageSettings(attempts=1))})
     game = Game(config, cast, 0)
     for asked, views in game.pending():
         asked.decide_many(views)
