@@ -107,7 +107,7 @@ def test_the_specs_game_file_reads_as_the_defaults(tmp_path):
     )
     assert config.honest == (Group(8),)
     assert config.byzantine == (Group(2),)
-    assert config.context("honest") == Context()
+    assert config.contexts("honest") == [Context()] * 8
     rules = config.rules
     assert (rules.agents, rules.quota, rules.faults, rules.complete) == (10, 7, 2, True)
 

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from tenfold.errors import ConfigError
 
@@ -34,12 +34,13 @@ from tenfold_byzantine.mail import Mail
 from tenfold_byzantine.measures import Measures
 from tenfold_byzantine.outcome import classify
 from tenfold_byzantine.result import GameResult
-from tenfold_byzantine.rules import GameConfig
+from tenfold_byzantine.rules import Context, GameConfig
 from tenfold_byzantine.streams import initial_values, seats
 
 Asked = list[tuple[Policy, list[View]]]
 Answers = Sequence[Sequence[Any]]
 """Per policy that was asked its proposals or ballots, in the order of its views."""
+T = TypeVar("T")
 Inbox = tuple[Message, ...]
 Lines = tuple[RoundLine, ...]
 
@@ -104,13 +105,11 @@ class Game:
         config, cast, n = self.config, self.cast, self.rules.agents
         byzantine, honest = ([], list(range(n))) if cast.alike else self.dealt(config, self.seed)
         self.roles: tuple[Role, ...] = ("honest",) * n
-        self.policies: list[Policy] = list(cast.seats["honest"])
-        if not cast.alike:
+        self.policies = _seated(cast.seats, honest, byzantine)
+        self._contexts = _seated(cast.contexts, honest, byzantine)
+        if byzantine:
             marked = set(byzantine)
             self.roles = tuple("byzantine" if a in marked else "honest" for a in range(n))
-            seated = dict(zip(honest, cast.seats["honest"], strict=True))
-            seated |= zip(byzantine, cast.seats["byzantine"], strict=True)
-            self.policies = [seated[a] for a in range(n)]
         if config.initial_values is not None:
             drawn = dict(zip(sorted(honest), config.initial_values, strict=True))
         else:
@@ -212,13 +211,14 @@ class Game:
         roles, initial, held, hears_ = self.roles, self.initial, self._held, self._hears
         notes, memory = self._notes, self._memory
         prefix = f"{self._key}/{round_}/{phase}/"
-        last_lines, last_role, shown = None, "", ()
+        contexts = self._contexts
+        last_lines, last_context, shown = None, None, ()
         views = []
         for a, inbox, lines in zip(agents, inboxes, histories, strict=True):
             role = roles[a]
-            if lines is not last_lines or role != last_role:
-                last_lines, last_role = lines, role
-                shown = self._shown(lines, role, phase)
+            if lines is not last_lines or contexts[a] is not last_context:
+                last_lines, last_context = lines, contexts[a]
+                shown = _shown(lines, last_context, phase)
             view = View(
                 rules,
                 a,
@@ -236,14 +236,6 @@ class Game:
             )
             views.append(self._with_powers(view) if powers and role == "byzantine" else view)
         return views
-
-    def _shown(self, lines: Lines, role: Role, phase: Phase) -> Lines:
-        """The stored lines that a side sees: the current round's only where it is set so."""
-        context = self.cast.contexts[role]
-        if phase == "vote" and not context.history_includes_current:
-            lines = lines[:-1]
-        stored = context.stored_rounds
-        return lines[-stored:] if stored else ()
 
     def _with_powers(self, view: View) -> View:
         extra: dict[str, Any] = {}
@@ -369,7 +361,7 @@ class Game:
                 return None
             value, text = self._held[agent], ""
         if text:
-            text = text[: self.cast.contexts[self.roles[agent]].message_chars]
+            text = text[: self._contexts[agent].message_chars]
         return Message(agent, round_, value, text, proposal.payload)
 
     def _adopt(
@@ -389,7 +381,7 @@ class Game:
 
     def _adopt_rest(self, agent: int, round_: int, proposal: Proposal) -> None:
         if proposal.note:
-            keep = self.cast.contexts[self.roles[agent]].notes
+            keep = self._contexts[agent].notes
             notes = (*self._notes[agent], (round_, proposal.note))
             self._notes[agent] = notes[-keep:] if keep else ()
         self._count(proposal.attempts, "decide")
@@ -452,7 +444,7 @@ class Game:
 
     def _versions(self, agent: int, round_: int, proposal: Proposal) -> dict[int, Message | None]:
         """What an equivocating agent says to some receivers instead; None is silence."""
-        chars = self.cast.contexts[self.roles[agent]].message_chars
+        chars = self._contexts[agent].message_chars
         return {
             receiver: None
             if value is None and proposal.payload is None
@@ -612,6 +604,15 @@ class Game:
         )
 
 
+def _seated(seats: Mapping[Role, list[T]], honest: list[int], byzantine: list[int]) -> list[T]:
+    """What belongs to the seats, by agent."""
+    if not byzantine and honest == sorted(honest):
+        return seats["honest"]
+    dealt = dict(zip(honest, seats["honest"], strict=True))
+    dealt |= zip(byzantine, seats["byzantine"], strict=True)
+    return [dealt[agent] for agent in range(len(dealt))]
+
+
 def grouped(policies: Sequence[Policy], agents: Sequence[int]) -> list[tuple[Policy, list[int]]]:
     """Agents by policy, in order of each policy's first agent."""
     groups: dict[int, tuple[Policy, list[int]]] = {}
@@ -621,6 +622,14 @@ def grouped(policies: Sequence[Policy], agents: Sequence[int]) -> list[tuple[Pol
             groups[id(policy)] = (policy, [])
         groups[id(policy)][1].append(agent)
     return list(groups.values())
+
+
+def _shown(lines: Lines, context: Context, phase: Phase) -> Lines:
+    """The stored lines that an agent sees: the current round's only where it is set so."""
+    if phase == "vote" and not context.history_includes_current:
+        lines = lines[:-1]
+    stored = context.stored_rounds
+    return lines[-stored:] if stored else ()
 
 
 def _digests(attempts: Sequence[Attempt]) -> list[tuple[str, str, int]]:

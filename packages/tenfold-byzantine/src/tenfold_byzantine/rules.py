@@ -251,10 +251,10 @@ class GameConfig:
             and self.schedule == "synchronous",
         )
 
-    def context(self, role: str) -> Context:
-        """The context of a side's first group; what the engine stores is the side's widest."""
+    def contexts(self, role: str) -> list[Context]:
+        """The contexts of a side's agents, in the order of their seats."""
         groups = self.honest if role == "honest" else self.byzantine
-        return groups[0].context if groups else Context()
+        return [group.context for group in groups for _ in range(group.count)]
 
     @cached_property
     def canonical(self) -> str:
