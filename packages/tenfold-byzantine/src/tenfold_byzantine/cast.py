@@ -52,11 +52,8 @@ class Cast:
         self.kept_lines = max(context.stored_rounds for context in everybody)
         # Nothing to draw where every agent plays the same.
         honest = self.seats["honest"]
-        self.alike = (
-            not config.n_byzantine
-            and len(_distinct(honest)) == 1
-            and all(context == everybody[0] for context in everybody)
-        )
+        self.one_context = all(context == everybody[0] for context in everybody)
+        self.alike = self.one_context and not config.n_byzantine and len(_distinct(honest)) == 1
         self.groups = [(honest[0], list(range(len(honest))))]
 
     def _check(self) -> None:

@@ -8,9 +8,10 @@ games can share one call (`play_many`) and a recorded game can be played again (
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, TypeVar
 
 from tenfold.errors import ConfigError
@@ -110,13 +111,19 @@ class Game:
         if byzantine:
             marked = set(byzantine)
             self.roles = tuple("byzantine" if a in marked else "honest" for a in range(n))
+        if cast.alike and config.initial_values is None:
+            values = initial_values(self.seed, honest, config.low, config.high)
+            self.initial: tuple[int | None, ...] = tuple(values.values())
+            self._byzantine: list[int] = []
+            self._groups = cast.groups
+            return
         if config.initial_values is not None:
             drawn = dict(zip(sorted(honest), config.initial_values, strict=True))
         else:
             drawn = initial_values(self.seed, honest, config.low, config.high)
-        self.initial: tuple[int | None, ...] = tuple([drawn.get(a) for a in range(n)])
+        self.initial = tuple([drawn.get(a) for a in range(n)])
         self._byzantine = sorted(byzantine)
-        self._groups = cast.groups if cast.alike else grouped(self.policies, range(n))
+        self._groups = grouped(self.policies, range(n))
 
     @staticmethod
     def dealt(config: GameConfig, seed: int) -> tuple[list[int], list[int]]:
@@ -192,8 +199,8 @@ class Game:
                 agents,
                 self.round,
                 self.phase,
-                [inbox if inboxes is None else inboxes[a] for a in agents],
-                [lines if histories is None else histories[a] for a in agents],
+                repeat(inbox) if inboxes is None else [inboxes[a] for a in agents],
+                repeat(lines) if histories is None else [histories[a] for a in agents],
             )
             asked.append((policy, views))
         return asked
@@ -203,39 +210,45 @@ class Game:
         agents: Sequence[int],
         round_: int,
         phase: Phase,
-        inboxes: Sequence[Inbox],
-        histories: Sequence[Lines],
+        inboxes: Iterable[Inbox],
+        histories: Iterable[Lines],
     ) -> list[View]:
         """Views of some agents; histories end with the current round in phase vote."""
-        rules, powers = self.rules, self.rules.powers
-        roles, initial, held, hears_ = self.roles, self.initial, self._held, self._hears
-        notes, memory = self._notes, self._memory
         prefix = f"{self._key}/{round_}/{phase}/"
-        contexts = self._contexts
-        last_lines, last_context, shown = None, None, ()
-        views = []
-        for a, inbox, lines in zip(agents, inboxes, histories, strict=True):
-            role = roles[a]
-            if lines is not last_lines or contexts[a] is not last_context:
-                last_lines, last_context = lines, contexts[a]
-                shown = _shown(lines, last_context, phase)
-            view = View(
-                rules,
-                a,
-                role,
-                round_,
-                phase,
-                initial[a],
-                held[a],
-                hears_[a],
-                inbox,
-                shown,
-                notes[a],
-                memory[a],
-                f"{prefix}{a}",
-            )
-            views.append(self._with_powers(view) if powers and role == "byzantine" else view)
-        return views
+        shown: Iterable[Lines]
+        if self.cast.one_context and isinstance(histories, repeat):
+            shown = repeat(_shown(next(histories), self._contexts[0], phase))
+        else:
+            shown = [
+                _shown(lines, self._contexts[a], phase)
+                for a, lines in zip(agents, histories, strict=False)
+            ]
+        # One pass in C: views are what a game makes most of.
+        views = map(
+            View,
+            repeat(self.rules),
+            agents,
+            self._of(agents, self.roles),
+            repeat(round_),
+            repeat(phase),
+            self._of(agents, self.initial),
+            self._of(agents, self._held),
+            self._of(agents, self._hears),
+            inboxes,
+            shown,
+            self._of(agents, self._notes),
+            self._of(agents, self._memory),
+            [f"{prefix}{a}" for a in agents],
+        )
+        if not self.rules.powers:
+            return list(views)
+        return [self._with_powers(v) if v.role == "byzantine" else v for v in views]
+
+    def _of(self, agents: Sequence[int], everybody: Sequence[T]) -> Sequence[T]:
+        """What belongs to some agents."""
+        if len(agents) == len(everybody):
+            return everybody
+        return [everybody[a] for a in agents]
 
     def _with_powers(self, view: View) -> View:
         extra: dict[str, Any] = {}
@@ -339,14 +352,35 @@ class Game:
             return
         self._proposals, self._special = {}, set()
         n, t = self.rules.agents, self.round
-        said = [self._message(a, t, proposals[a]) for a in range(n)]
-        for a in range(n):
-            self._adopt(a, t, proposals[a], said[a], special=a in special)
+        said: Sequence[Message | None]
+        if special or self._log is not None:
+            said = [self._message(a, t, proposals[a]) for a in range(n)]
+            for a in range(n):
+                self._adopt(a, t, proposals[a], said[a], special=a in special)
+        else:
+            said = self._adopt_plain([proposals[a] for a in range(n)])
         self._broadcast(proposals, special, said)
         self.held_rows.append(tuple(self._held))
         self.proposed_rows.append(tuple([None if m is None else m.value for m in said]))
         self.texts.append(tuple(["" if m is None else m.text for m in said]))
         self.phase = "vote"
+
+    def _adopt_plain(self, proposals: Sequence[Proposal]) -> list[Message | None]:
+        """All agents at once where they said a value and a text and no more."""
+        values = [p.value for p in proposals]
+        texts = [p.text for p in proposals]
+        if any(texts):
+            texts = [
+                text[: context.message_chars]
+                for text, context in zip(texts, self._contexts, strict=True)
+            ]
+        said: list[Message | None] = list(
+            map(Message, range(len(values)), repeat(self.round), values, texts)
+        )
+        self._held = values
+        self._memory = [None] * len(values)
+        self._last_said = said
+        return said
 
     def _message(self, agent: int, round_: int, proposal: Proposal) -> Message | None:
         """What a proposal says to everybody; None is silence."""

@@ -123,7 +123,7 @@ def play_many(
             active.append(game)
         if not active:
             return
-        rounds = [len(game.vote_rows) for game in active]
+        rounds = [len(game.vote_rows) for game in active] if on_round else []
         # A resumed game may already be over.
         _wave([game for game in active if not game.finished], raise_errors)
         if on_round is not None:
@@ -138,32 +138,30 @@ def play_many(
 
 def _wave(games: list[Game], raise_errors: bool) -> None:
     """Asks and answers the open questions of all games once."""
-    asked = [game.pending() for game in games]
-    calls: dict[tuple[int, str], tuple[Policy, Phase, list[View]]] = {}
-    for game, groups in zip(games, asked, strict=True):
-        for policy, views in groups:
+    calls: dict[tuple[int, Phase], tuple[Policy, list[View]]] = {}
+    parts: list[list[tuple[tuple[int, Phase], int, int]]] = []
+    for game in games:
+        mine = []
+        for policy, views in game.pending():
             key = (id(policy), game.phase)
             if key not in calls:
-                calls[key] = (policy, game.phase, [])
-            calls[key][2].extend(views)
-    answers: dict[tuple[int, str], list[Any]] = {}
-    for key, (policy, phase, views) in calls.items():
+                calls[key] = (policy, [])
+            together = calls[key][1]
+            start = len(together)
+            together += views
+            mine.append((key, start, len(together)))
+        parts.append(mine)
+    answers: dict[tuple[int, Phase], list[Any]] = {}
+    for key, (policy, views) in calls.items():
         try:
-            answers[key] = _call(policy, phase, views)
+            answers[key] = _call(policy, key[1], views)
         except Exception:
             if raise_errors:
                 raise
             _one_by_one(games)
             return
-    taken = dict.fromkeys(calls, 0)
-    for game, groups in zip(games, asked, strict=True):
-        replies = []
-        for policy, views in groups:
-            key = (id(policy), game.phase)
-            start = taken[key]
-            taken[key] = start + len(views)
-            replies.append(answers[key][start : taken[key]])
-        _submit(game, replies, raise_errors)
+    for game, mine in zip(games, parts, strict=True):
+        _submit(game, [answers[key][start:end] for key, start, end in mine], raise_errors)
 
 
 def _call(policy: Policy, phase: str, views: list[View]) -> list[Any]:
