@@ -16,6 +16,7 @@ from tenfold_byzantine.contracts import Policy
 from tenfold_byzantine.engine import Game
 from tenfold_byzantine.play import play, play_many
 from tenfold_byzantine.policies import entries, policy, with_filter
+from tenfold_byzantine.policies.adversaries import Mimic
 from tenfold_byzantine.policies.montecarlo import simulate
 from tenfold_byzantine.result import GameResult, Outcome
 from tenfold_byzantine.rules import SCHEDULES, GameConfig, Threat
@@ -149,6 +150,32 @@ def test_wmsr_filter_saves_majorities_from_extreme_colluders_only() -> None:
     assert captured(filtered, "extreme") == 0
     assert captured(plain, "collude:v=25") > 40
     assert captured(filtered, "collude:v=25") > 40
+
+
+def test_filters_and_mimics_keep_what_distinguishes_a_model() -> None:
+    class Model:
+        label, powers = "llm", frozenset()
+
+        def __init__(self, identity: str) -> None:
+            self.identity = identity
+
+        def check(self, rules) -> None: ...
+
+        def decide_many(self, views):
+            return policy("mean").decide_many(views)
+
+        def vote_many(self, views):
+            return policy("mean").vote_many(views)
+
+    config = GameConfig(n_honest=3, n_byzantine=1)
+
+    def game_id(honest: Policy, liars: Policy) -> str:
+        return Game(config, {"honest": honest, "byzantine": liars}, 1).game_id
+
+    a, b, quiet = Model("weights a"), Model("weights b"), policy("silent")
+    assert game_id(with_filter(a, "wmsr"), quiet) != game_id(with_filter(b, "wmsr"), quiet)
+    assert game_id(a, Mimic(a)) != game_id(a, Mimic(b))
+    assert game_id(a, Mimic(a)) == game_id(Model("weights a"), Mimic(Model("weights a")))
 
 
 def test_every_adversary_plays_games_that_repeat() -> None:
