@@ -335,7 +335,7 @@ class _Forgetful(list):
 
 
 def test_memory_does_not_grow_with_the_number_of_games():
-    first, last = memory_after(1200, (300, 1200))
+    first, last = memory_after(500, (150, 500))
     assert last - first < 30_000  # a kept game alone would be some 10 kB
 
 
