@@ -163,15 +163,16 @@ class LanguagePolicy:
         """Votes drawn from the probabilities of the whole answers, in one call."""
         requests = [self._request(view, 0, "") for view in views]
         prompts = [self._asker.prompt(request) for request in requests]
-        pairs = [
-            (prompt, json.dumps({DECISION: option}))
-            for view, prompt in zip(views, prompts, strict=True)
-            for option in options(view.role)
-        ]
-        totals = iter([scores.total for scores in self.model.score(pairs)])
+        # Equal prompts, of equal games, are scored once.
+        pairs: dict[tuple[str, Vote], tuple[Any, str]] = {}
+        for view, prompt in zip(views, prompts, strict=True):
+            for option in options(view.role):
+                pairs[str(prompt), option] = (prompt, json.dumps({DECISION: option}))
+        scores = self.model.score(list(pairs.values()))
+        totals = {key: own.total for key, own in zip(pairs, scores, strict=True)}
         ballots = []
         for view, request, prompt in zip(views, requests, prompts, strict=True):
-            logs = {option: next(totals) for option in options(view.role)}
+            logs = {option: totals[str(prompt), option] for option in options(view.role)}
             vote = _drawn(view, logs, request.temperature)
             read_tokens = len(prompt) if self._asker.local else 0
             attempt = Attempt(
