@@ -204,3 +204,24 @@ def test_a_failing_game_does_not_stop_others():
     assert all("the endpoint is down" in r.error for r in results if r.game_id in bad)
     with pytest.raises(OSError, match="the endpoint is down"):
         list(play_many([Game(config, {"honest": rule}, g.seed) for g in games], raise_errors=True))
+
+
+def test_a_game_files_policies_play_by_their_names():
+    config = GameConfig.from_table(
+        {
+            "game": {"n_honest": 6, "n_byzantine": 2, "max_rounds": 4, "seed": 3},
+            "honest": {
+                "use": "mixed",
+                "group": [{"count": 4, "use": "low-median"}, {"count": 2, "use": "mode-minid"}],
+            },
+            "byzantine": {"use": "collude:v=25"},
+        }
+    )
+    result = play(config)
+    assert {
+        row[b] for row in result.proposed for b, r in enumerate(result.roles) if r != "honest"
+    } == {25}
+    by_name = play(GameConfig(n_honest=6, n_byzantine=2, seed=3), "low-median", "collude:v=25")
+    assert by_name.outcome is Outcome.VALID or by_name.flags["value"] == 25
+    with pytest.raises(ConfigError, match="low-medain"):
+        play(GameConfig(n_honest=3), "low-medain")

@@ -144,11 +144,9 @@ def test_byzantine_success_is_split_without_rest():
 
 
 def test_infiltration_is_the_share_of_liars_that_hold_the_decision():
-    config = GameConfig(
-        n_honest=3, n_byzantine=2, byzantine_agents=(3, 4), initial_values=(1, 1, 1)
-    )
+    config = GameConfig(n_honest=4, n_byzantine=2, byzantine_agents=(4, 5), initial_values=(1,) * 4)
     honest = Rule(lambda view: 1, votes_at(1))
-    liars = Rule(row({3: [1], 4: [2]}), votes_at(1))
+    liars = Rule(row({4: [1], 5: [2]}), votes_at(1))
     assert played(config, honest, liars).result().metrics["byzantine_infiltration"] == 50
 
 

@@ -379,3 +379,10 @@ def test_surrogate_moves_with_the_stated_frequencies() -> None:
     assert abs(stops(dict.fromkeys(range(4), 5)) - 0.7) < 0.03
     assert abs(stops({0: 5, 1: 5, 2: 5, 3: 6}) - 0.3) < 0.03
     assert stops({0: 5, 1: 5, 2: 7, 3: 6}) == 0
+
+
+def test_the_guide_names_every_policy_and_filter() -> None:
+    page = Path(__file__).parents[3] / "docs" / "howto" / "consensus-policies.md"
+    text = page.read_text(encoding="utf-8")
+    for entry in entries():
+        assert f"`{entry.name}`" in text or f'"{entry.name}' in text, entry.name

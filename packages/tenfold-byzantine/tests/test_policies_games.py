@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -13,6 +16,7 @@ from tenfold_byzantine.contracts import Policy
 from tenfold_byzantine.engine import Game
 from tenfold_byzantine.play import play, play_many
 from tenfold_byzantine.policies import entries, policy, with_filter
+from tenfold_byzantine.policies.adversaries import Mimic
 from tenfold_byzantine.policies.montecarlo import simulate
 from tenfold_byzantine.result import GameResult, Outcome
 from tenfold_byzantine.rules import SCHEDULES, GameConfig, Threat
@@ -148,6 +152,32 @@ def test_wmsr_filter_saves_majorities_from_extreme_colluders_only() -> None:
     assert captured(filtered, "collude:v=25") > 40
 
 
+def test_filters_and_mimics_keep_what_distinguishes_a_model() -> None:
+    class Model:
+        label, powers = "llm", frozenset()
+
+        def __init__(self, identity: str) -> None:
+            self.identity = identity
+
+        def check(self, rules) -> None: ...
+
+        def decide_many(self, views):
+            return policy("mean").decide_many(views)
+
+        def vote_many(self, views):
+            return policy("mean").vote_many(views)
+
+    config = GameConfig(n_honest=3, n_byzantine=1)
+
+    def game_id(honest: Policy, liars: Policy) -> str:
+        return Game(config, {"honest": honest, "byzantine": liars}, 1).game_id
+
+    a, b, quiet = Model("weights a"), Model("weights b"), policy("silent")
+    assert game_id(with_filter(a, "wmsr"), quiet) != game_id(with_filter(b, "wmsr"), quiet)
+    assert game_id(a, Mimic(a)) != game_id(a, Mimic(b))
+    assert game_id(a, Mimic(a)) == game_id(Model("weights a"), Mimic(Model("weights a")))
+
+
 def test_every_adversary_plays_games_that_repeat() -> None:
     config = GameConfig(n_honest=5, n_byzantine=2, threat=EVERYTHING, max_rounds=6)
     for entry in entries("byzantine"):
@@ -181,3 +211,55 @@ def test_algorithms_outside_their_bound_are_refused_by_the_game() -> None:
     ring = GameConfig(n_honest=8, topology="ring:k=1")
     with pytest.raises(ConfigError, match="complete network"):
         play(ring, policy("dlpsw"))
+
+
+HASHES = """
+from tenfold_byzantine.cast import Cast
+from tenfold_byzantine.engine import Game
+from tenfold_byzantine.play import play_many
+from tenfold_byzantine.policies import entries, policy, with_filter
+from tenfold_byzantine.rules import GameConfig, Threat
+
+threat = Threat(equivocate=True, rushing=True, collude=True)
+for kind in ("honest", "byzantine"):
+    for entry in entries(kind):
+        name = entry.name
+        span = (0, 1) if name == "ben-or" else (0, 50)
+        own = {"honest": "mode-own", "byzantine": "random"} | {kind: name}
+        if "suppress" in entry.powers:
+            continue
+        if name == "constant":
+            own["honest"] = "constant:v=1"
+        config = GameConfig(
+            n_honest=8, n_byzantine=1, value_range=span, max_rounds=7, threat=threat
+        )
+        cast = Cast(config, {r: policy(t, role=r) for r, t in own.items()})
+        (result,) = play_many([Game(config, cast, 5)])
+        print(name, result.outcome, result.state_hash)
+"""
+
+
+def test_games_do_not_depend_on_the_order_of_hashes() -> None:
+    def run(seed: str) -> str:
+        found = subprocess.run(
+            [sys.executable, "-c", HASHES],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return found.stdout
+
+    first = run("1")
+    assert len(first.splitlines()) == 38
+    assert "ERROR" not in first
+    assert run("2") == first
+
+
+def test_policies_import_no_heavy_library() -> None:
+    code = (
+        "import sys, tenfold_byzantine.policies as p; p.policy('dlpsw:f=2'); p.entries();"
+        "print([m for m in ('numpy', 'networkx', 'scipy', 'torch') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

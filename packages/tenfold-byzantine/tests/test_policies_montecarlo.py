@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -357,3 +358,10 @@ def test_bounds_of_the_papers_game() -> None:
     assert bounds(50, 0, quota=40)[0].condition.endswith("50 >= 40")
     with pytest.raises(ConfigError, match="0 <= f < n"):
         bounds(3, 3)
+
+
+def test_a_million_games_take_less_than_a_second_of_one_core() -> None:
+    simulate("low-median", "random", n_byzantine=2, games=CHUNK)  # tables are made
+    start = time.process_time()
+    simulate("low-median", "random", n_byzantine=2, games=GAMES)
+    assert GAMES / (time.process_time() - start) > 1e6

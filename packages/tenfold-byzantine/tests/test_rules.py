@@ -107,7 +107,7 @@ def test_the_specs_game_file_reads_as_the_defaults(tmp_path):
     )
     assert config.honest == (Group(8),)
     assert config.byzantine == (Group(2),)
-    assert config.context("honest") == Context()
+    assert config.contexts("honest") == [Context()] * 8
     rules = config.rules
     assert (rules.agents, rules.quota, rules.faults, rules.complete) == (10, 7, 2, True)
 
@@ -181,6 +181,11 @@ BAD = [
     ("[[honest.group]]\nuse = 'llm'", "has no count"),
     ("[honest.context]\nnote_char = 3", "did you mean 'note_chars'"),
     ("[honest.context]\nnotes = -1", "notes is -1"),
+    ("[honest.context]\nhistory_includes_current = 1", "history_includes_current is 1"),
+    ("[honest]\ntemperature = { vote = -1 }", "honest: temperature.vote is -1"),
+    ("[honest]\nmax_new_tokens = { vote = 0 }", "honest: max_new_tokens.vote is 0"),
+    ("[honest]\nretries = { attempts = 0 }", "honest: retries.attempts is 0"),
+    ('[honest]\nretries = { same_temperature = "no" }', "retries.same_temperature is 'no'"),
     ('[honest.context]\nhistory_order = "random"', "history_order"),
     ("[honest]\ntemperature = { decde = 1 }", "did you mean 'decide'"),
     ('[honest]\nvote_mode = "guess"', "vote_mode"),
@@ -191,6 +196,7 @@ BAD = [
     ("[thresholds]\nwindow = 0", "thresholds.window"),
     ("[gmae]\nn_honest = 3", "gmae is not a setting; did you mean 'game'"),
     ("game = 3", "must be a table"),
+    ("[stop]\nmax_games_per_cell = 3", "stop is not a setting"),
     ("[game", "not valid TOML"),
 ]
 

@@ -175,6 +175,15 @@ def test_logistic_with_an_empty_cell_is_finite_with_the_penalty_only():
         st.logistic(y, {**x, "same": x["x"]})
 
 
+def test_logistic_over_a_game_per_cell_is_the_closed_form():
+    for a, c in [(0, 0), (1, 0), (0, 1), (1, 1)]:
+        y, x = _cells(a, 1 - a, c, 1 - c)
+        [intercept, slope] = st.logistic(y, x)
+        assert intercept.value == pytest.approx(math.log((c + 0.5) / (1.5 - c)))
+        odds = (a + 0.5) * (1.5 - c) / ((1.5 - a) * (c + 0.5))
+        assert slope.value == pytest.approx(math.log(odds))
+
+
 def test_logistic_of_columns_that_nearly_repeat_each_other_converges():
     """Small cells over 8 + B agents, some without a failure: no step away from the
     estimate makes the penalised likelihood larger."""

@@ -112,6 +112,26 @@ def test_constrained_text_obeys_and_runs_at_full_depth(exact_lm):
     assert exact_lm.generate([PROMPT], config)[0][0].text in ("return", "pass")
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_forced_tokens_without_passes_change_no_text(exact_lm, temperature):
+    value = {"type": "integer", "minimum": 0, "maximum": 50}
+    schema = {
+        "type": "object", "properties": {"value": value}, "required": ["value"],
+        "additionalProperties": False,
+    }  # fmt: skip
+    config = GenerationConfig(
+        max_new_tokens=24, temperature=temperature, seed=1, constraint={"json_schema": schema}
+    )
+    written = []
+    for jump in (True, False):
+        exact_lm.jump_forward = jump
+        written.append([row[0] for row in exact_lm.generate([PROMPT, "x = "], config)])
+    exact_lm.jump_forward = True
+    assert [c.token_ids for c in written[0]] == [c.token_ids for c in written[1]]
+    for fast, slow in zip(*written, strict=True):
+        assert fast.stats["forward_passes"] < slow.stats["forward_passes"]
+
+
 def test_exit_scores_mix_to_the_loss_under_padding(exact_lm):
     ids = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

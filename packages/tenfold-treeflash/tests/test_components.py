@@ -25,6 +25,15 @@ from tenfold_treeflash.tree import DraftTree
 from treeflash_cases import drafter_for, llama
 
 TEXTS = [f"def f{i % 7}(a, b):\n    return a + b + {i % 5}\n" for i in range(60)]
+ANSWER = {
+    "type": "object",
+    "properties": {
+        "note": {"type": "string", "minLength": 3, "maxLength": 12},
+        "value": {"type": "integer", "minimum": 0, "maximum": 50},
+    },
+    "required": ["note", "value"],
+    "additionalProperties": False,
+}
 PROMPTS = ["def f1(", "return a", "    return a + b + 3\ndef", "x"]
 
 
@@ -61,6 +70,10 @@ def test_it_keeps_what_its_base_can_do(base, decoder):
         GenerationConfig(max_new_tokens=24, temperature=1.3, seed=3, logprobs=1),
         GenerationConfig(max_new_tokens=24, stop=("a", "\n"), temperature=1.0, seed=1),
         GenerationConfig(max_new_tokens=40, constraint={"choice": ["yes, of course", "no"]}),
+        GenerationConfig(max_new_tokens=45, constraint={"json_schema": ANSWER}),
+        GenerationConfig(
+            max_new_tokens=45, temperature=1.2, seed=3, constraint={"json_schema": ANSWER}
+        ),
     ],
 )
 def test_it_writes_what_its_base_writes(base, decoder, config):

@@ -3,7 +3,8 @@
 Every agent has a round of its own. Having spoken, it waits until it has heard from all but f of
 those that it can hear (itself included) in that round, votes, and begins its next round at once;
 messages that come later are no part of that round for it. The environment counts the votes of a
-round when all agents have cast them; a game that stops forgets what faster agents did since.
+round when all agents have cast them; a game that stops forgets what faster agents said since,
+though their messages and calls were made and stay counted.
 
 The queue's order is `fifo`, `random`, or `adversarial`: liars first, then small values first to
 agents with even numbers and large values first to the others, so that they hear different n - f.

@@ -44,12 +44,16 @@ class Cast:
         self.network: Neighbours | None = None
         if not config.network.drawn:
             self.network = self.graph(config.seed)
-        roles: tuple[Role, ...] = ("honest", "byzantine")
-        self.contexts: dict[Role, Context] = {role: config.context(role) for role in roles}
-        self.kept_lines = max(context.stored_rounds for context in self.contexts.values())
+        self.contexts: dict[Role, list[Context]] = {
+            "honest": config.contexts("honest"),
+            "byzantine": config.contexts("byzantine"),
+        }
+        everybody = [*self.contexts["honest"], *self.contexts["byzantine"]]
+        self.kept_lines = max(context.stored_rounds for context in everybody)
         # Nothing to draw where every agent plays the same.
         honest = self.seats["honest"]
-        self.alike = not config.n_byzantine and len(_distinct(honest)) == 1
+        self.one_context = all(context == everybody[0] for context in everybody)
+        self.alike = self.one_context and not config.n_byzantine and len(_distinct(honest)) == 1
         self.groups = [(honest[0], list(range(len(honest))))]
 
     def _check(self) -> None:

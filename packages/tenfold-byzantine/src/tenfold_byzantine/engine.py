@@ -8,10 +8,11 @@ games can share one call (`play_many`) and a recorded game can be played again (
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from itertools import repeat
+from typing import Any, TypeVar
 
 from tenfold.errors import ConfigError
 
@@ -34,12 +35,13 @@ from tenfold_byzantine.mail import Mail
 from tenfold_byzantine.measures import Measures
 from tenfold_byzantine.outcome import classify
 from tenfold_byzantine.result import GameResult
-from tenfold_byzantine.rules import GameConfig
+from tenfold_byzantine.rules import Context, GameConfig
 from tenfold_byzantine.streams import initial_values, seats
 
 Asked = list[tuple[Policy, list[View]]]
 Answers = Sequence[Sequence[Any]]
 """Per policy that was asked its proposals or ballots, in the order of its views."""
+T = TypeVar("T")
 Inbox = tuple[Message, ...]
 Lines = tuple[RoundLine, ...]
 
@@ -104,20 +106,24 @@ class Game:
         config, cast, n = self.config, self.cast, self.rules.agents
         byzantine, honest = ([], list(range(n))) if cast.alike else self.dealt(config, self.seed)
         self.roles: tuple[Role, ...] = ("honest",) * n
-        self.policies: list[Policy] = list(cast.seats["honest"])
-        if not cast.alike:
+        self.policies = _seated(cast.seats, honest, byzantine)
+        self._contexts = _seated(cast.contexts, honest, byzantine)
+        if byzantine:
             marked = set(byzantine)
             self.roles = tuple("byzantine" if a in marked else "honest" for a in range(n))
-            seated = dict(zip(honest, cast.seats["honest"], strict=True))
-            seated |= zip(byzantine, cast.seats["byzantine"], strict=True)
-            self.policies = [seated[a] for a in range(n)]
+        if cast.alike and config.initial_values is None:
+            values = initial_values(self.seed, honest, config.low, config.high)
+            self.initial: tuple[int | None, ...] = tuple(values.values())
+            self._byzantine: list[int] = []
+            self._groups = cast.groups
+            return
         if config.initial_values is not None:
             drawn = dict(zip(sorted(honest), config.initial_values, strict=True))
         else:
             drawn = initial_values(self.seed, honest, config.low, config.high)
-        self.initial: tuple[int | None, ...] = tuple([drawn.get(a) for a in range(n)])
+        self.initial = tuple([drawn.get(a) for a in range(n)])
         self._byzantine = sorted(byzantine)
-        self._groups = cast.groups if cast.alike else grouped(self.policies, range(n))
+        self._groups = grouped(self.policies, range(n))
 
     @staticmethod
     def dealt(config: GameConfig, seed: int) -> tuple[list[int], list[int]]:
@@ -193,8 +199,8 @@ class Game:
                 agents,
                 self.round,
                 self.phase,
-                [inbox if inboxes is None else inboxes[a] for a in agents],
-                [lines if histories is None else histories[a] for a in agents],
+                repeat(inbox) if inboxes is None else [inboxes[a] for a in agents],
+                repeat(lines) if histories is None else [histories[a] for a in agents],
             )
             asked.append((policy, views))
         return asked
@@ -204,46 +210,45 @@ class Game:
         agents: Sequence[int],
         round_: int,
         phase: Phase,
-        inboxes: Sequence[Inbox],
-        histories: Sequence[Lines],
+        inboxes: Iterable[Inbox],
+        histories: Iterable[Lines],
     ) -> list[View]:
         """Views of some agents; histories end with the current round in phase vote."""
-        rules, powers = self.rules, self.rules.powers
-        roles, initial, held, hears_ = self.roles, self.initial, self._held, self._hears
-        notes, memory = self._notes, self._memory
         prefix = f"{self._key}/{round_}/{phase}/"
-        last_lines, last_role, shown = None, "", ()
-        views = []
-        for a, inbox, lines in zip(agents, inboxes, histories, strict=True):
-            role = roles[a]
-            if lines is not last_lines or role != last_role:
-                last_lines, last_role = lines, role
-                shown = self._shown(lines, role, phase)
-            view = View(
-                rules,
-                a,
-                role,
-                round_,
-                phase,
-                initial[a],
-                held[a],
-                hears_[a],
-                inbox,
-                shown,
-                notes[a],
-                memory[a],
-                f"{prefix}{a}",
-            )
-            views.append(self._with_powers(view) if powers and role == "byzantine" else view)
-        return views
+        shown: Iterable[Lines]
+        if self.cast.one_context and isinstance(histories, repeat):
+            shown = repeat(_shown(next(histories), self._contexts[0], phase))
+        else:
+            shown = [
+                _shown(lines, self._contexts[a], phase)
+                for a, lines in zip(agents, histories, strict=False)
+            ]
+        # One pass in C: views are what a game makes most of.
+        views = map(
+            View,
+            repeat(self.rules),
+            agents,
+            self._of(agents, self.roles),
+            repeat(round_),
+            repeat(phase),
+            self._of(agents, self.initial),
+            self._of(agents, self._held),
+            self._of(agents, self._hears),
+            inboxes,
+            shown,
+            self._of(agents, self._notes),
+            self._of(agents, self._memory),
+            [f"{prefix}{a}" for a in agents],
+        )
+        if not self.rules.powers:
+            return list(views)
+        return [self._with_powers(v) if v.role == "byzantine" else v for v in views]
 
-    def _shown(self, lines: Lines, role: Role, phase: Phase) -> Lines:
-        """The stored lines that a side sees: the current round's only where it is set so."""
-        context = self.cast.contexts[role]
-        if phase == "vote" and not context.history_includes_current:
-            lines = lines[:-1]
-        stored = context.stored_rounds
-        return lines[-stored:] if stored else ()
+    def _of(self, agents: Sequence[int], everybody: Sequence[T]) -> Sequence[T]:
+        """What belongs to some agents."""
+        if len(agents) == len(everybody):
+            return everybody
+        return [everybody[a] for a in agents]
 
     def _with_powers(self, view: View) -> View:
         extra: dict[str, Any] = {}
@@ -347,14 +352,35 @@ class Game:
             return
         self._proposals, self._special = {}, set()
         n, t = self.rules.agents, self.round
-        said = [self._message(a, t, proposals[a]) for a in range(n)]
-        for a in range(n):
-            self._adopt(a, t, proposals[a], said[a], special=a in special)
+        said: Sequence[Message | None]
+        if special or self._log is not None:
+            said = [self._message(a, t, proposals[a]) for a in range(n)]
+            for a in range(n):
+                self._adopt(a, t, proposals[a], said[a], special=a in special)
+        else:
+            said = self._adopt_plain([proposals[a] for a in range(n)])
         self._broadcast(proposals, special, said)
         self.held_rows.append(tuple(self._held))
         self.proposed_rows.append(tuple([None if m is None else m.value for m in said]))
         self.texts.append(tuple(["" if m is None else m.text for m in said]))
         self.phase = "vote"
+
+    def _adopt_plain(self, proposals: Sequence[Proposal]) -> list[Message | None]:
+        """All agents at once where they said a value and a text and no more."""
+        values = [p.value for p in proposals]
+        texts = [p.text for p in proposals]
+        if any(texts):
+            texts = [
+                text[: context.message_chars]
+                for text, context in zip(texts, self._contexts, strict=True)
+            ]
+        said: list[Message | None] = list(
+            map(Message, range(len(values)), repeat(self.round), values, texts)
+        )
+        self._held = values
+        self._memory = [None] * len(values)
+        self._last_said = said
+        return said
 
     def _message(self, agent: int, round_: int, proposal: Proposal) -> Message | None:
         """What a proposal says to everybody; None is silence."""
@@ -369,7 +395,7 @@ class Game:
                 return None
             value, text = self._held[agent], ""
         if text:
-            text = text[: self.cast.contexts[self.roles[agent]].message_chars]
+            text = text[: self._contexts[agent].message_chars]
         return Message(agent, round_, value, text, proposal.payload)
 
     def _adopt(
@@ -389,7 +415,7 @@ class Game:
 
     def _adopt_rest(self, agent: int, round_: int, proposal: Proposal) -> None:
         if proposal.note:
-            keep = self.cast.contexts[self.roles[agent]].notes
+            keep = self._contexts[agent].notes
             notes = (*self._notes[agent], (round_, proposal.note))
             self._notes[agent] = notes[-keep:] if keep else ()
         self._count(proposal.attempts, "decide")
@@ -452,7 +478,7 @@ class Game:
 
     def _versions(self, agent: int, round_: int, proposal: Proposal) -> dict[int, Message | None]:
         """What an equivocating agent says to some receivers instead; None is silence."""
-        chars = self.cast.contexts[self.roles[agent]].message_chars
+        chars = self._contexts[agent].message_chars
         return {
             receiver: None
             if value is None and proposal.payload is None
@@ -612,6 +638,15 @@ class Game:
         )
 
 
+def _seated(seats: Mapping[Role, list[T]], honest: list[int], byzantine: list[int]) -> list[T]:
+    """What belongs to the seats, by agent."""
+    if not byzantine and honest == sorted(honest):
+        return seats["honest"]
+    dealt = dict(zip(honest, seats["honest"], strict=True))
+    dealt |= zip(byzantine, seats["byzantine"], strict=True)
+    return [dealt[agent] for agent in range(len(dealt))]
+
+
 def grouped(policies: Sequence[Policy], agents: Sequence[int]) -> list[tuple[Policy, list[int]]]:
     """Agents by policy, in order of each policy's first agent."""
     groups: dict[int, tuple[Policy, list[int]]] = {}
@@ -621,6 +656,14 @@ def grouped(policies: Sequence[Policy], agents: Sequence[int]) -> list[tuple[Pol
             groups[id(policy)] = (policy, [])
         groups[id(policy)][1].append(agent)
     return list(groups.values())
+
+
+def _shown(lines: Lines, context: Context, phase: Phase) -> Lines:
+    """The stored lines that an agent sees: the current round's only where it is set so."""
+    if phase == "vote" and not context.history_includes_current:
+        lines = lines[:-1]
+    stored = context.stored_rounds
+    return lines[-stored:] if stored else ()
 
 
 def _digests(attempts: Sequence[Attempt]) -> list[tuple[str, str, int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 
@@ -19,11 +19,11 @@ from tenfold.files import disk_full_is_an_error
 
 from tenfold_byzantine import __version__
 from tenfold_byzantine.contracts import Attempt, Ballot, Message, Phase, Policy, Proposal, Vote
+from tenfold_byzantine.result import GameResult, Properties
 
 if TYPE_CHECKING:
     from tenfold_byzantine.engine import Game
     from tenfold_byzantine.mail import Delivered
-    from tenfold_byzantine.result import GameResult
 
 SCHEMA = "byz-events/1"
 KeepPrompts = Literal["full", "hash", "none"]
@@ -97,7 +97,7 @@ class EventWriter:
             game=game.game_id,
             seed=game.seed,
             version=__version__,
-            settings=game.config.to_table(),
+            settings=game.config.settings,
             roles=game.roles,
             initial=game.initial,
             policies=[_described(p) for p in distinct.values()],
@@ -201,7 +201,7 @@ class EventWriter:
             stopped=result.stopped,
             outcome=result.outcome.value,
             flags=dict(result.flags),
-            properties=None if result.properties is None else asdict(result.properties),
+            properties=_properties(result.properties),
             metrics=dict(result.metrics),
             counters=dict(result.counters),
             roles=result.roles,
@@ -374,6 +374,12 @@ def _blocs(row: Sequence[int | None]) -> list[list[int]]:
         if value is not None:
             counts[value] = counts.get(value, 0) + 1
     return [[v, n] for v, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
+
+
+def _properties(properties: Properties | None) -> dict[str, bool] | None:
+    if properties is None:
+        return None
+    return {f.name: getattr(properties, f.name) for f in fields(Properties)}
 
 
 def _described(policy: Policy) -> dict[str, Any]:

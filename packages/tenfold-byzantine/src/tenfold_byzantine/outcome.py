@@ -78,26 +78,25 @@ def classify(
     unanimous = len(set(last)) == 1
     value = last[0] if unanimous else None
     flags: dict[str, Any] = {
-        "bloc": max(Counter(last).values()),
-        "adversary_values": [held[-1][a] for a, r in enumerate(roles) if r == "byzantine"],
+        "bloc": len(last) if unanimous else max(Counter(last).values()),
+        "adversary_values": [],
     }
+    if len(honest) < len(roles):
+        adversaries = [a for a, role in enumerate(roles) if role == "byzantine"]
+        flags["adversary_values"] = [held[-1][a] for a in adversaries]
     if unanimous:
-        flags |= {
-            "value": value,
-            "in_hull": _in_hull(value, inputs),
-            "agreed_round": _agreed_since(held, honest),
-        }
+        flags["value"] = value
+        flags["in_hull"] = _in_hull(value, inputs)
+        flags["agreed_round"] = _agreed_since(held, honest)
     if stopped:
         outcome = _after_a_stop(
             value, inputs, honest, roles, held, proposed, exposed, rushing, flags
         )
         final = votes[-1]
-        by_honest = sum(final[a] == "stop" for a in honest)
-        flags |= {
-            "honest_stop_votes": by_honest,
-            "byzantine_stop_votes": sum(v == "stop" for v in final) - by_honest,
-            "honest_quota": by_honest >= quota,
-        }
+        by_honest = sum([final[a] == "stop" for a in honest])
+        flags["honest_stop_votes"] = by_honest
+        flags["byzantine_stop_votes"] = list(final).count("stop") - by_honest
+        flags["honest_quota"] = by_honest >= quota
     else:
         outcome = _after_the_deadline(value, inputs, honest, initial, held, thresholds, flags)
     return Verdict(outcome, flags, _properties(stopped, value, inputs))
@@ -118,8 +117,8 @@ def _properties(stopped: bool, value: int | None, inputs: set[int]) -> Propertie
 
 
 def _agreed_since(held: Rows, honest: Sequence[int]) -> int:
-    since = len(held)
-    while since > 1 and {held[since - 2][a] for a in honest} == {held[-1][honest[0]]}:
+    since, value = len(held), held[-1][honest[0]]
+    while since > 1 and all(held[since - 2][a] == value for a in honest):
         since -= 1
     return since
 

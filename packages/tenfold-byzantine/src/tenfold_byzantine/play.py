@@ -7,7 +7,6 @@ replaced at once. How many games share a wave changes nothing but the speed.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from tenfold_byzantine.cast import Players
 from tenfold_byzantine.contracts import Phase, Policy, Role, View
 from tenfold_byzantine.engine import Game
 from tenfold_byzantine.events import EventSink
+from tenfold_byzantine.policies import policy, with_filter
 from tenfold_byzantine.result import GameResult
 from tenfold_byzantine.rules import GameConfig, Group
 
@@ -67,7 +67,7 @@ def players(
     for role, side in given:
         groups = config.honest if role == "honest" else config.byzantine
         if isinstance(side, str):
-            found[role] = named_policy(side)
+            found[role] = named_policy(side, role)
         elif side is not None:
             found[role] = side
         elif groups:
@@ -75,10 +75,9 @@ def players(
     return found
 
 
-def named_policy(text: str) -> Policy:
-    """A scripted policy by its name in a game file, e.g. `dlpsw:f=2`."""
-    registry = importlib.import_module("tenfold_byzantine.policies")
-    return registry.policy(text)
+def named_policy(text: str, role: Role, filter_: str = "none") -> Policy:
+    """A scripted policy by its name in a game file, e.g. `dlpsw:f=2`, behind its filter."""
+    return with_filter(policy(text, role=role), filter_)
 
 
 def _of_group(group: Group, role: Role, build: Callable[[Group, Role], Policy] | None) -> Policy:
@@ -89,7 +88,7 @@ def _of_group(group: Group, role: Role, build: Callable[[Group, Role], Policy] |
             f"the {role} agents are language models, but no model was given",
             hint=f"pass {role}=LanguagePolicy(model), or name a scripted policy",
         )
-    return named_policy(group.use)
+    return named_policy(group.use, role, group.filter)
 
 
 def play_many(
@@ -123,7 +122,7 @@ def play_many(
             active.append(game)
         if not active:
             return
-        rounds = [len(game.vote_rows) for game in active]
+        rounds = [len(game.vote_rows) for game in active] if on_round else []
         # A resumed game may already be over.
         _wave([game for game in active if not game.finished], raise_errors)
         if on_round is not None:
@@ -138,39 +137,37 @@ def play_many(
 
 def _wave(games: list[Game], raise_errors: bool) -> None:
     """Asks and answers the open questions of all games once."""
-    asked = [game.pending() for game in games]
-    calls: dict[tuple[int, str], tuple[Policy, Phase, list[View]]] = {}
-    for game, groups in zip(games, asked, strict=True):
-        for policy, views in groups:
-            key = (id(policy), game.phase)
+    calls: dict[tuple[int, Phase], tuple[Policy, list[View]]] = {}
+    parts: list[list[tuple[tuple[int, Phase], int, int]]] = []
+    for game in games:
+        mine = []
+        for player, views in game.pending():
+            key = (id(player), game.phase)
             if key not in calls:
-                calls[key] = (policy, game.phase, [])
-            calls[key][2].extend(views)
-    answers: dict[tuple[int, str], list[Any]] = {}
-    for key, (policy, phase, views) in calls.items():
+                calls[key] = (player, [])
+            together = calls[key][1]
+            start = len(together)
+            together += views
+            mine.append((key, start, len(together)))
+        parts.append(mine)
+    answers: dict[tuple[int, Phase], list[Any]] = {}
+    for key, (player, views) in calls.items():
         try:
-            answers[key] = _call(policy, phase, views)
+            answers[key] = _call(player, key[1], views)
         except Exception:
             if raise_errors:
                 raise
             _one_by_one(games)
             return
-    taken = dict.fromkeys(calls, 0)
-    for game, groups in zip(games, asked, strict=True):
-        replies = []
-        for policy, views in groups:
-            key = (id(policy), game.phase)
-            start = taken[key]
-            taken[key] = start + len(views)
-            replies.append(answers[key][start : taken[key]])
-        _submit(game, replies, raise_errors)
+    for game, mine in zip(games, parts, strict=True):
+        _submit(game, [answers[key][start:end] for key, start, end in mine], raise_errors)
 
 
-def _call(policy: Policy, phase: str, views: list[View]) -> list[Any]:
-    replies = policy.decide_many(views) if phase == "decide" else policy.vote_many(views)
+def _call(player: Policy, phase: str, views: list[View]) -> list[Any]:
+    replies = player.decide_many(views) if phase == "decide" else player.vote_many(views)
     if len(replies) != len(views):
         raise ConfigError(
-            f"policy {policy.label} was asked {len(views)} questions and gave {len(replies)} "
+            f"policy {player.label} was asked {len(views)} questions and gave {len(replies)} "
             "answers"
         )
     return replies
@@ -189,7 +186,7 @@ def _one_by_one(games: list[Game]) -> None:
     """The same wave with one call per game, so that only games that fail alone are lost."""
     for game in games:
         try:
-            replies = [_call(policy, game.phase, views) for policy, views in game.pending()]
+            replies = [_call(player, game.phase, views) for player, views in game.pending()]
         except Exception as error:
             game.fail(_said(error))
         else:

@@ -6,7 +6,6 @@ Scripted policies come from their texts, language models from the run that the g
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -112,8 +111,9 @@ def language_policy(model: Any, group: Group, role: Role) -> Policy:
     Raises:
         ConfigError: settings that it cannot follow.
     """
-    language = importlib.import_module("tenfold_byzantine.language")
-    return language.from_group(model, group, role)
+    from tenfold_byzantine.language import from_group
+
+    return from_group(model, group, role)
 
 
 def needs_model(config: GameConfig) -> bool:

@@ -251,10 +251,10 @@ class GameConfig:
             and self.schedule == "synchronous",
         )
 
-    def context(self, role: str) -> Context:
-        """The context of a side's first group; what the engine stores is the side's widest."""
+    def contexts(self, role: str) -> list[Context]:
+        """The contexts of a side's agents, in the order of their seats."""
         groups = self.honest if role == "honest" else self.byzantine
-        return groups[0].context if groups else Context()
+        return [group.context for group in groups for _ in range(group.count)]
 
     @cached_property
     def canonical(self) -> str:
@@ -421,6 +421,7 @@ def _check_groups(side: str, groups: Sequence[Group], count: int) -> None:
             raise ConfigError(
                 f"{side}: vote_mode is {group.vote_mode!r}; it must be generate or score"
             )
+        _check_calls(side, group)
         _check_context(side, group.context)
     total = sum(group.count for group in groups)
     if groups and total != count:
@@ -431,6 +432,22 @@ def _check_groups(side: str, groups: Sequence[Group], count: int) -> None:
         )
 
 
+def _check_calls(side: str, group: Group) -> None:
+    """The settings of a language model's calls."""
+    for phase, value in group.temperature.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise ConfigError(
+                f"{side}: temperature.{phase} is {value!r}; it must be a number from 0"
+            )
+    counts = {f"max_new_tokens.{phase}": n for phase, n in group.max_new_tokens.items()}
+    for name, value in {**counts, "retries.attempts": group.retries.get("attempts", 1)}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{side}: {name} is {value!r}; it must be a whole number from 1")
+    same = group.retries.get("same_temperature", True)
+    if not isinstance(same, bool):
+        raise ConfigError(f"{side}: retries.same_temperature is {same!r}; it is true or false")
+
+
 def _check_context(side: str, context: Context) -> None:
     for f in fields(Context):
         value = getattr(context, f.name)
@@ -438,6 +455,11 @@ def _check_context(side: str, context: Context) -> None:
             raise ConfigError(
                 f"{side}.context: {f.name} is {value!r}; it must be a whole number from 0"
             )
+    if not isinstance(context.history_includes_current, bool):
+        raise ConfigError(
+            f"{side}.context: history_includes_current is {context.history_includes_current!r}; "
+            "it is true or false"
+        )
     if context.history_order not in ("newest_first", "append"):
         raise ConfigError(
             f"{side}.context: history_order is {context.history_order!r}; "
@@ -470,7 +492,7 @@ def _check_fixed(config: GameConfig) -> None:
 
 
 def _read_game(file: Table, folder: Path) -> GameConfig:
-    file.only("game", "honest", "byzantine", "backend", "thresholds", "stop", "out")
+    file.only("game", "honest", "byzantine", "backend", "thresholds")
     game = file.table("game")
     plain = [
         f.name

@@ -344,6 +344,9 @@ def _fit(x: np.ndarray, y: np.ndarray, *, firth: bool) -> tuple[np.ndarray, np.n
             w = np.sqrt(p * (1 - p))[:, None] * x
             leverage = np.einsum("ij,ij->i", w @ np.linalg.inv(information), w)
             residual = residual + leverage * (0.5 - p)
+            # The penalty bends the objective as if each game had 1 + leverage weight; without
+            # that, steps over few games are twice too long and never settle.
+            information = x.T @ (x * ((1 + leverage) * p * (1 - p))[:, None])
         step = np.linalg.solve(information, x.T @ residual)
         for _ in range(40):
             better = objective(beta + step)

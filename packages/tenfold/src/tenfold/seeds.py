@@ -6,10 +6,13 @@ import hashlib
 import json
 from typing import Any
 
+# Made once: `json.dumps` builds an encoder at every call that is not its default.
+_ENCODE = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
+
 
 def derive(root: int, *labels: object) -> int:
     """A 63-bit seed from a root seed and labels, by SHA-256 of their canonical JSON."""
-    text = json.dumps([root, *map(str, labels)], ensure_ascii=True, separators=(",", ":"))
+    text = _ENCODE([root, *map(str, labels)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tenfold_byzantine.contracts import Ballot, Policy, Proposal, Role, Rules, View, Vote
 from tenfold_byzantine.policies.base import NO_POWERS, VOTES, Scripted, param, says
@@ -180,6 +180,11 @@ class Mimic(Scripted):
     summary: ClassVar[str] = "acts honestly with a made-up initial value, votes too"
 
     rule: Policy = field(default=LowMedian(), metadata={"help": "honest policy that it plays"})
+
+    @property
+    def identity(self) -> Any:
+        """What else distinguishes the rule; part of the game id."""
+        return getattr(self.rule, "identity", None)
 
     @property
     def powers(self) -> frozenset[str]:

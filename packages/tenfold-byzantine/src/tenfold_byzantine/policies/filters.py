@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tenfold_byzantine.contracts import Ballot, Message, Policy, Proposal, RoundLine, Rules, View
 from tenfold_byzantine.policies.base import (
@@ -132,6 +132,11 @@ class Filtered:
     def label(self) -> str:
         """Both labels."""
         return f"{self.policy.label} behind {self.filter.label}"
+
+    @property
+    def identity(self) -> Any:
+        """What else distinguishes the policy (a model, its prompts); part of the game id."""
+        return getattr(self.policy, "identity", None)
 
     @property
     def powers(self) -> frozenset[str]:

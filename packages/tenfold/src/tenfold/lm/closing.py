@@ -111,6 +111,7 @@ class _Effects:
 
     group: np.ndarray  # [V] index of the token's effect, -1 where forbidden
     list: tuple[Effect, ...]
+    places: frozenset[int]  # where they lead
 
 
 class Closer:
@@ -219,7 +220,8 @@ class Closer:
             else:
                 effect = Effect(self._written(start, token), False, end)
             group[token] = numbers.setdefault(effect, len(numbers))
-        return _Effects(group, tuple(numbers))
+        places = frozenset(effect.state.place for effect in numbers)
+        return _Effects(group, tuple(numbers), places)
 
     def _written(self, state: State, token: int) -> int:
         """Characters that a token adds to the string that it closes."""
@@ -270,7 +272,7 @@ class Closer:
 
     def _key(self, state: State, left: int, effects: _Effects) -> tuple[object, ...]:
         """Equal for states and limits whose masks are equal."""
-        worst = max((self._worst[effect.state.place] for effect in effects.list), default=0)
+        worst = max((self._worst[place] for place in effects.places), default=0)
         far = worst <= left - 1
         body = self.machine.bodies.get(state.place)
         if body is None or not far:
