@@ -193,3 +193,63 @@ def test_capabilities_come_from_the_plan_and_hold_when_built(tenfold):
     assert "core:hf" in json.dumps(listed)
     assert "nvium:causal-lm" in json.dumps(listed)
     assert "core:openai" not in json.dumps(listed)
+
+
+def responses(run_dir, label):
+    """What the agents of a cell wrote, by game, round, phase and agent."""
+    found = {}
+    lines = (Path(run_dir) / "items.jsonl").read_text().splitlines()
+    for values in (json.loads(line)["values"] for line in lines):
+        if label in values["cell"].values():
+            path = Path(run_dir) / "artifacts" / "events" / f"{values['game_id']}.jsonl"
+            for event in map(json.loads, path.read_text().splitlines()):
+                if event["event"] == "response":
+                    place = (event["round"], event["phase"], event["agent"], event["attempt"])
+                    found[(values["replicate"], *place)] = event["text"]
+    return found
+
+
+def test_consensus_agents_decode_with_treeflash_and_write_the_same(run):
+    """Greedy agents that decode in drafted trees play the games that plain decoding plays."""
+    plain = {**TINY_LM, "train": {**TRAIN_LM, "vocab_size": 600, "layers": 2,
+                                  "context_length": 4096, "steps": 1, "batch_size": 1}}  # fmt: skip
+    drafter_train = {
+        "use": "treeflash:drafter", "target": {"share": "plain"}, "dataset": TRAIN_LM["dataset"],
+        "num_features": 2, "layers": 1, "steps": 2, "steps_b": 2, "batch_size": 2,
+        "context_length": 32, "anchors": 2, "eval_rows": 0,
+    }  # fmt: skip
+    answer = run(
+        "agents",
+        models={
+            "plain": plain,
+            "tree": {
+                "use": "treeflash:tree",
+                "base": {"share": "plain"},
+                "drafter": {"use": "treeflash:drafter", "train": drafter_train},
+                "tree_size": 4,
+            },
+        },
+        datasets={
+            "games": {
+                "use": "byzantine:games",
+                "game": {"n_honest": 2, "n_byzantine": 1, "max_rounds": 1},
+                "honest": {
+                    "use": "llm",
+                    "temperature": {"decide": 0.0, "vote": 0.0},
+                    "max_new_tokens": {"decide": 100, "vote": 24},
+                    "retries": {"attempts": 1},
+                },
+                "byzantine": {"use": "fixed:v=25"},
+                "grid": {"honest.backend.role": ["plain", "tree"]},
+            }
+        },
+        evaluator={"use": "byzantine:consensus"},
+    )
+    assert answer["items"] == {"done": 2, "failed": 0, "reused": 0}
+    same = [m for m in answer["metrics"] if m["name"] == "same_course_as_base"]
+    assert [m["value"] for m in same] == [1.0]
+    by_plain, by_tree = (responses(answer["run_dir"], role) for role in ("plain", "tree"))
+    assert by_plain == by_tree
+    assert len(by_plain) == 4  # two agents decide and vote
+    for (_, _, phase, _, _), text in by_plain.items():
+        assert set(json.loads(text)) >= ({"value"} if phase == "decide" else {"decision"})

@@ -10,6 +10,7 @@ import io
 import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 from tenfold import report
@@ -20,6 +21,7 @@ from tenfold.report import (
     Columns,
     Details,
     Heading,
+    HeatMap,
     Histogram,
     Lines,
     Paragraph,
@@ -65,6 +67,7 @@ def every_block(text: str) -> list[report.Block]:
         Histogram({text: 3, "b": 1}, text),
         Lines({text: [(0, 1), (1, 2)], "b": [(0, 1)]}, text, text, text),
         Scatter([(0.1, 0.2, text), (0.3, 0.1)], text, text, text, diagonal=True),
+        HeatMap([text, "b"], [text], [[1.0], [-1.0]], [[text], [""]], text, text, text),
         Columns([[Paragraph(text)], [Details(text, [Paragraph(text)])]]),
         Badges({text: text, "n": 1}),
     ]
@@ -168,6 +171,7 @@ def test_large_inputs_are_cut_and_the_page_says_so():
             Lines({str(i): [(0, 0), (1, 1)] for i in range(100)}, "x", "y"),
             Lines({"long": [(i, i) for i in range(many)]}, "x", "y"),
             Scatter([(i, i) for i in range(many)], "x", "y"),
+            HeatMap([str(i) for i in range(150)], ["a", "b"], [[1.0, None]] * 150),
             Preformatted("y" * 1_000_000),
         ],
     )
@@ -179,6 +183,7 @@ def test_large_inputs_are_cut_and_the_page_says_so():
         "49,800 more bins not drawn",
         "84 more series not drawn",
         "46,000 more points not drawn",
+        "100 more cells not drawn",
         "900,000 more characters",
     ):
         assert note in page
@@ -206,6 +211,7 @@ def test_extreme_numbers_never_break_a_chart(bad):
         Lines({"s": [(bad, bad), (1.0, 2.0), (3.0, 1.0)]}, "x", "y", log_x=True),
         Lines({"s": [(bad, bad), (1.0, 2.0)]}, "x", "y", intervals={"s": [(bad, bad), (1.0, bad)]}),
         Scatter([(bad, 1.0), (1.0, bad), (2.0, 3.0)], "x", "y", log_x=True, log_y=True),
+        HeatMap(["a"], ["b", "c"], [[bad, 1.0]]),
         Table(["v"], [[bad]]),
     ]
     page = render_html("t", blocks)
@@ -226,6 +232,7 @@ def test_extreme_numbers_never_break_a_chart(bad):
         Lines({}, "x", "y"),
         Lines({"empty": []}, "x", "y"),
         Scatter([], "x", "y"),
+        HeatMap([], [], []),
         Columns([]),
         Details("d", []),
         Badges({}),
@@ -245,6 +252,9 @@ def test_blocks_of_unequal_lengths_are_refused():
         lambda: Bars(["a"], [1.0, 2.0]),
         lambda: Bars(["a"], [1.0], []),
         lambda: Table(["a", "b"], [[1, 2], [1]]),
+        lambda: HeatMap(["a"], ["b"], []),
+        lambda: HeatMap(["a"], ["b"], [[1.0, 2.0]]),
+        lambda: HeatMap(["a"], ["b"], [[1.0]], [["x", "y"]]),
         lambda: Lines({"s": [(0, 1)]}, "x", "y", intervals={"s": []}),
         lambda: Lines({"s": [(0, 1)]}, "x", "y", intervals={"t": [(0, 1)]}),
     ):
@@ -271,6 +281,37 @@ def test_lines_have_error_bars_where_intervals_are_known():
     ]  # fmt: skip
     plain = render_markdown("t", [Lines({"a": points}, "k", "y")])
     assert "interval" not in plain
+
+
+def test_heat_map_cells_have_the_shade_and_the_text_of_their_values():
+    block = HeatMap(["N=4", "N=8"], ["f=0", "f=1"], [[1.0, 0.5], [0.0, None]], scale=1.0)
+    page = render_html("t", [block])
+    for shade, tip in [
+        (f"cell p{LEVELS}", "N=4, f=0: 1"),
+        (f"cell p{LEVELS // 2}", "N=4, f=1: 0.5"),
+        ("cell zero", "N=8, f=0: 0"),
+        ("cell empty", "N=8, f=1: –"),
+    ]:
+        assert re.search(rf'<rect class="{shade}"[^>]*><title>{re.escape(tip)}</title>', page)
+    assert re.search(rf"\.p{LEVELS}{{[^}}]*fill:rgb", page)
+    assert "| N=4 | 1 | 0\\.5 |" in render_markdown("t", [block])
+    rows = list(csv.DictReader(io.StringIO(render_csv("t", [block]))))
+    assert [(r["row"], r["column"], r["value"]) for r in rows][1] == ("N=4", "f=1", "0.5")
+    texts = HeatMap(["a"], ["r1"], [[-1.0]], [["abstain"]])
+    assert ">abstain</text>" in render_html("t", [texts])
+    narrow = HeatMap(["a"], [str(i) for i in range(60)], [[1.0] * 60], [["stop"] * 60])
+    assert ">stop</text>" not in render_html("t", [narrow])
+    assert "<title>a, 7: stop</title>" in render_html("t", [narrow])
+
+
+def test_a_chart_stands_alone_as_well_formed_svg():
+    for block in every_block("<b>&amp;"):
+        if isinstance(block, Bars | Histogram | Lines | Scatter | HeatMap):
+            root = ElementTree.fromstring(report.render_svg(block))
+            assert root.tag == "{http://www.w3.org/2000/svg}svg"
+            assert "svg.chart .cell" in str(root[0].text)
+    with pytest.raises(ComponentError, match="Paragraph cannot be drawn"):
+        report.render_svg(Paragraph("x"))
 
 
 @pytest.mark.parametrize("render", [render_html, render_markdown, render_csv])

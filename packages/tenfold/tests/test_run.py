@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import tomli_w
 from tenfold.errors import CapabilityError, ComponentError, ConfigError, RunFailed
+from tenfold.files import drop_torn_tail
 from tenfold.host import Host
 from tenfold.run import Options
-from tenfold.store import RunStore, _drop_torn_tail
+from tenfold.store import RunStore
 
 QUIET = Options(progress=False)
 
@@ -287,18 +288,18 @@ def _run_and_kill(file, folder, wanted, *, first):
     """
     script = f"""
 import io, os, signal, sys
-from tenfold import store
-append, count = store._LineFile.append, [0]
+from tenfold import files
+append, count = files.LineFile.append, [0]
 def dying(self, row):
     if count[0] >= {int(wanted)}:
-        store._drop_torn_tail(self._path)
-        text = store.json.dumps(row)
+        files.drop_torn_tail(self._path)
+        text = files.json.dumps(row)
         with self._path.open("a") as file:
             file.write(text[: int(len(text) * {wanted % 1})])
         os.kill(os.getpid(), signal.SIGKILL)
     append(self, row)
     count[0] += 1
-store._LineFile.append = dying
+files.LineFile.append = dying
 from tenfold.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -310,10 +311,10 @@ sys.exit(main(sys.argv[1:]))
 def test_torn_last_line_is_dropped(tmp_path):
     path = tmp_path / "items.jsonl"
     path.write_bytes(b'{"a":1}\n{"b":2}\n{"c"')
-    _drop_torn_tail(path)
+    drop_torn_tail(path)
     assert path.read_bytes() == b'{"a":1}\n{"b":2}\n'
     path.write_bytes(b"no newline at all")
-    _drop_torn_tail(path)
+    drop_torn_tail(path)
     assert path.read_bytes() == b""
 
 

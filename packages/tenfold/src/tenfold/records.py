@@ -202,10 +202,12 @@ class GenerationConfig:
     """How to generate. Temperature 0 is greedy.
 
     `seed=None` lets the model derive a seed from the prompt, so that equal calls still give
-    equal text. `logprobs=k` asks for the chosen token's log-probability (k = 1). `constraint`
-    is `{"json_schema": {...}}`, `{"regex": "..."}` or `{"choice": [...]}`; only models with
-    the `constrain` capability accept one. `chat=True` applies the chat template to message
-    lists (and, where a template exists, leaves plain strings as they are).
+    equal text. `seeds`, one per prompt, takes its place where prompts of one call must be drawn
+    independently even if they are equal. `logprobs=k` asks for the chosen token's
+    log-probability (k = 1). `constraint` is `{"json_schema": {...}}`, `{"regex": "..."}` or
+    `{"choice": [...]}`; only models with the `constrain` capability accept one. `chat=True`
+    applies the chat template to message lists (and, where a template exists, leaves plain
+    strings as they are).
     """
 
     max_new_tokens: int = 128
@@ -218,6 +220,7 @@ class GenerationConfig:
     logprobs: int = 0
     constraint: Mapping[str, Json] | None = None
     chat: bool = True
+    seeds: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values out of range."""

@@ -19,8 +19,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from tenfold.errors import ConfigError, RunFailed, nearest
-from tenfold.files import disk_full_is_an_error, write_json, write_text
+from tenfold.errors import ConfigError, nearest
+from tenfold.files import LineFile, disk_full_is_an_error, write_json, write_text
 from tenfold.records import ItemResult
 
 STATUSES = ("running", "ok", "failed", "interrupted")
@@ -228,8 +228,8 @@ class ItemWriter:
 
     def __init__(self, store: RunStore, rank: int = 0) -> None:
         suffix = "" if rank == 0 else f".rank{rank}"
-        self._items = _LineFile(store.path / f"items{suffix}.jsonl")
-        self._failures = _LineFile(store.path / f"failures{suffix}.jsonl")
+        self._items = LineFile(store.path / f"items{suffix}.jsonl")
+        self._failures = LineFile(store.path / f"failures{suffix}.jsonl")
 
     def item(self, line: ItemLine) -> dict[str, Any]:
         """Records a result; returns the row as written."""
@@ -251,54 +251,6 @@ class ItemWriter:
         """Closes both files."""
         self._items.close()
         self._failures.close()
-
-
-class _LineFile:
-    """Append-only JSON lines; opened at the first line, after dropping a torn tail."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: TextIOWrapper | None = None
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        try:
-            text = json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=True)
-        except (TypeError, ValueError) as error:
-            raise RunFailed(
-                f"item {row.get('id')!r}: its values cannot be written as JSON ({error}); "
-                "evaluators return plain numbers, strings, lists and dictionaries"
-            ) from error
-        with disk_full_is_an_error(self._path):
-            if self._file is None:
-                _drop_torn_tail(self._path)
-                self._file = self._path.open("a", encoding="utf-8", errors="surrogatepass")
-            self._file.write(text + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        if self._file is not None:
-            # Closing writes what a full disk refused before, and meets the same error.
-            file, self._file = self._file, None
-            with disk_full_is_an_error(self._path):
-                file.close()
-
-
-def _drop_torn_tail(path: Path) -> None:
-    """Cuts a file after its last newline."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        size = end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end != size:
-            file.truncate(end)
 
 
 # --- finding runs ---------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from tenfold.builtin.openai_http import Endpoint, gather, is_local
-from tenfold.builtin.openai_wire import Wire, completions, join_choices
+from tenfold.builtin.openai_wire import Wire, completions, join_choices, per_prompt
 from tenfold.capabilities import Prompt
 from tenfold.errors import ComponentError
 from tenfold.records import Completion, GenerationConfig
@@ -125,12 +125,16 @@ class OpenAI:
         Raises:
             ComponentError: the endpoint is down, refuses the key, or has no such model.
             RunFailed: a request failed for good, or its answer breaks the constraint.
-            ConfigError: a prompt that this interface cannot take.
+            ConfigError: a prompt that this interface cannot take, or not one seed per prompt.
             CapabilityError: a constraint that cannot be sent.
         """
         if not prompts:
             return []
-        bodies = [self._wire.request(self.model, prompt, config) for prompt in prompts]
+        configs = per_prompt(config, len(prompts))
+        bodies = [
+            self._wire.request(self.model, prompt, own)
+            for prompt, own in zip(prompts, configs, strict=True)
+        ]
         answers = self._endpoint.run(gather([self._answer(body, config) for body in bodies]))
         failures = [answer for answer in answers if isinstance(answer, BaseException)]
         if not failures:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tenfold.capabilities import Prompt
@@ -123,6 +123,19 @@ def request_seed(prompt: Prompt, config: GenerationConfig) -> int:
         return config.seed % _SEEDS
     text = prompt if isinstance(prompt, str) else json.dumps(list(prompt), sort_keys=True)
     return derive(0, text) % _SEEDS
+
+
+def per_prompt(config: GenerationConfig, prompts: int) -> list[GenerationConfig]:
+    """The configuration of each prompt, with its own seed where `config.seeds` has them.
+
+    Raises:
+        ConfigError: not one seed per prompt.
+    """
+    if config.seeds is None:
+        return [config] * prompts
+    if len(config.seeds) != prompts:
+        raise ConfigError(f"{len(config.seeds)} seeds for {prompts} prompts; give one per prompt")
+    return [replace(config, seed=seed, seeds=None) for seed in config.seeds]
 
 
 def completions(answer: Any, config: GenerationConfig, url: str) -> list[Completion]:

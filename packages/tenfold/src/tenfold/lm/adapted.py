@@ -43,6 +43,9 @@ class GenerateFromStep(GenerateMixin, _OnDevice):
             raise ConfigError("a model that generates through `step` cannot follow a constraint")
         return None
 
+    def _closer(self, config: GenerationConfig) -> None:
+        return None
+
     @torch.no_grad()
     def _generate_batch(
         self, rows: Sequence[GenerationRow], config: GenerationConfig

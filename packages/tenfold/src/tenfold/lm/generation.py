@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from transformers import LogitsProcessor
+
 from tenfold.capabilities import Prompt
 from tenfold.errors import ConfigError
 from tenfold.lm import constraints
+from tenfold.lm.closing import Closer
 from tenfold.lm.prompts import prompt_ids
 from tenfold.lm.sampling import GeneratedRow, GenerationControls, GenerationRow, completion
 from tenfold.records import Completion, GenerationConfig
@@ -32,18 +35,23 @@ class GenerateMixin:
         Greedy output is the arg-max of `step`, token for token. A sampled one is a function of
         (weights, prompt, config, seed): each row has a random generator of its own. Generation
         ends at an end token (kept in `token_ids`), a stop string (cut from the text), after
-        `max_new_tokens`, or where the model's context is full.
+        `max_new_tokens`, or where the model's context is full. Choices and the JSON schemas of
+        `tenfold.lm.json_machine` are always whole by then.
 
         Raises:
-            ConfigError: a prompt that fills the context, or a constraint that cannot be used.
+            ConfigError: a prompt that fills the context, a constraint that cannot be used or
+                whose shortest text is longer than the limit, or not one seed per prompt.
         """
         samples = config.n if config.temperature > 0 else 1
         self._grammar(config)  # a bad constraint is reported before any work
+        seeds = prompt_seeds(config, len(prompts))
         rows = [
-            self._row(ids, config, sample)
-            for ids in [self._prompt(prompt, config) for prompt in prompts]
+            self._row(ids, config, seed, sample)
+            for ids, seed in zip([self._prompt(p, config) for p in prompts], seeds, strict=True)
             for sample in range(samples)
         ]
+        if (closer := self._closer(config)) is not None:
+            constraints.check_limits(closer, [row.limit for row in rows])
         written = self._generate_rows(rows, config)
         model: Any = self
         done = [completion(row, model, self._eos_ids, config.stop) for row in written]
@@ -67,10 +75,12 @@ class GenerateMixin:
             )
         return ids
 
-    def _row(self, ids: list[int], config: GenerationConfig, sample: int) -> GenerationRow:
+    def _row(
+        self, ids: list[int], config: GenerationConfig, seed: int, sample: int
+    ) -> GenerationRow:
         model: Any = self
         limit = min(config.max_new_tokens, model.context_length - len(ids))
-        return GenerationRow(ids, limit, derive(config.seed or 0, content_hash(ids), sample))
+        return GenerationRow(ids, limit, derive(seed, content_hash(ids), sample))
 
     def _generate_rows(
         self, rows: Sequence[GenerationRow], config: GenerationConfig
@@ -94,15 +104,30 @@ class GenerateMixin:
     ) -> GenerationControls:
         """Processors and stopping rules of a batch whose padded prompts have `width` tokens."""
         model: Any = self
-        grammar = self._grammar(config)
-        constraint = None
-        if grammar is not None:
+        constraint: LogitsProcessor | None = None
+        closer = self._closer(config)
+        if closer is not None:
+            limits = [row.limit for row in rows]
+            constraint = constraints.ClosingProcessor(closer, limits, width)
+        elif (grammar := self._grammar(config)) is not None:
             constraint = constraints.GrammarProcessor(
                 self._grammar_tokenizer, grammar, len(rows), width
             )
         return GenerationControls(
-            rows, config, width=width, tokenizer=model, eos_ids=self._eos_ids, constraint=constraint
+            rows,
+            config,
+            width=width,
+            tokenizer=model,
+            eos_ids=self._eos_ids,
+            constraint=constraint,
+            by_position=closer is not None,
         )
+
+    def _closer(self, config: GenerationConfig) -> Closer | None:
+        """The configuration's constraint, where it is one that always closes."""
+        if config.constraint is None:
+            return None
+        return constraints.closer(self, config.constraint, sorted(self._eos_ids))
 
     @cached_property
     def _grammar_tokenizer(self) -> Any:
@@ -115,6 +140,19 @@ class GenerateMixin:
         if config.constraint is None:
             return None
         return constraints.compile_grammar(config.constraint)
+
+
+def prompt_seeds(config: GenerationConfig, prompts: int) -> list[int]:
+    """Per prompt the seed that its samples are drawn from.
+
+    Raises:
+        ConfigError: not one of `config.seeds` per prompt.
+    """
+    if config.seeds is None:
+        return [config.seed or 0] * prompts
+    if len(config.seeds) != prompts:
+        raise ConfigError(f"{len(config.seeds)} seeds for {prompts} prompts; give one per prompt")
+    return list(config.seeds)
 
 
 def generation_batches(

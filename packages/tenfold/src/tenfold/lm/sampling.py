@@ -28,6 +28,7 @@ from transformers import (
 
 from tenfold.capabilities import Tokenizes
 from tenfold.records import Completion, GenerationConfig
+from tenfold.seeds import derive
 
 _STOP_WINDOW = 16
 """Tokens looked at beyond a stop string's length: unfinished characters, special tokens."""
@@ -73,6 +74,32 @@ class GumbelMax(LogitsProcessor):
         for row, generator in enumerate(self._generators):
             noise[row].exponential_(generator=generator)
         return scores - noise.log_().to(scores.device, scores.dtype)
+
+
+class PositionedGumbelMax(LogitsProcessor):
+    """Gumbel noise by seed and position, so that a token's noise does not depend on how many
+    tokens before it were drawn.
+
+    Args:
+        seeds: per row.
+        width: length of the padded prompts; the position is counted from there.
+    """
+
+    def __init__(self, seeds: Sequence[int], width: int) -> None:
+        self._seeds, self._width = list(seeds), width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`[B, V]` scores with noise; excluded tokens stay at minus infinity."""
+        return with_noise(scores, self._seeds, [input_ids.shape[1] - self._width] * len(scores))
+
+
+def with_noise(scores: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """`[B, V]` scores with the Gumbel noise of each row's seed and position."""
+    noise = torch.empty(scores.shape, dtype=torch.float64)
+    generator = torch.Generator()
+    for row, (seed, position) in enumerate(zip(seeds, positions, strict=True)):
+        noise[row].exponential_(generator=generator.manual_seed(derive(seed, position)))
+    return scores - noise.log_().to(scores.device, scores.dtype)
 
 
 class LogProbRecorder(LogitsProcessor):
@@ -155,6 +182,8 @@ class GenerationControls:
 
     Decoders with a loop of their own call `processors(input_ids, logits)` and take the
     arg-max, call `stopping(input_ids, None)`, and hand the sequences to `collect`.
+    `by_position` draws noise by position, for constraints whose prescribed tokens other
+    decoders write without drawing.
     """
 
     def __init__(
@@ -166,6 +195,7 @@ class GenerationControls:
         tokenizer: Tokenizes,
         eos_ids: frozenset[int],
         constraint: LogitsProcessor | None = None,
+        by_position: bool = False,
     ) -> None:
         self.rows = list(rows)
         self.width = width
@@ -176,7 +206,9 @@ class GenerationControls:
         self.processors = LogitsProcessorList([p for p in first if p is not None])
         if config.temperature > 0:
             self.processors += warpers(config)
-            self.processors.append(GumbelMax([row.seed for row in rows]))
+            seeds = [row.seed for row in rows]
+            noise = PositionedGumbelMax(seeds, width) if by_position else GumbelMax(seeds)
+            self.processors.append(noise)
         self.stopping = StoppingCriteriaList([self._stopper])
 
     def collect(self, sequences: Tensor) -> list[GeneratedRow]:

@@ -59,7 +59,8 @@ class CacheSession:
 
     @torch.no_grad()
     def begin(self, tokens: Tensor, mask: Tensor | None) -> StepOutput:
-        """Runs the (left-padded) prompt; `mask [B, T]` is 1 for real tokens."""
+        """Runs the (left-padded) prompt; `mask [B, T]` is 1 for real tokens. On a running
+        session: further tokens, of which rows may have different numbers."""
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         return self._run(tokens, real, None, None)
 
@@ -156,6 +157,22 @@ class CacheSession:
         self._check_indices(rows, count, "rows")
         chosen = self._index(rows)
         self._map(lambda t: t.index_select(0, chosen), lambda t: t.index_select(0, chosen))
+
+    def compact(self) -> None:
+        """Moves each row's real columns together, to the right, and drops what is left over.
+
+        Padding between tokens comes from `begin` on a running session.
+        """
+        if self._valid is None or self._valid.all():
+            return
+        width = int(self._valid.sum(-1).max())
+        order = self._valid.long().sort(dim=-1, stable=True).indices[:, -width:]
+
+        def cached(t: Tensor) -> Tensor:
+            index = order[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])
+            return t.gather(-2, index)
+
+        self._map(cached, lambda t: t.gather(1, order))
 
     def fork(self) -> CacheSession:
         """An independent copy. Cached tensors are never changed in place, so both hold the

@@ -18,6 +18,7 @@ from tenfold.report.blocks import (
     Columns,
     Details,
     Heading,
+    HeatMap,
     Histogram,
     Interval,
     Lines,
@@ -37,6 +38,7 @@ __all__ = [
     "Columns",
     "Details",
     "Heading",
+    "HeatMap",
     "Histogram",
     "Interval",
     "Lines",
@@ -49,6 +51,7 @@ __all__ = [
     "render_csv",
     "render_html",
     "render_markdown",
+    "render_svg",
     "table_csv",
 ]
 
@@ -77,6 +80,17 @@ def render_markdown(
     from tenfold.report import markdown
 
     return markdown.render_markdown(title, blocks, facts or {})
+
+
+def render_svg(block: Block) -> str:
+    """One chart (bars, histogram, lines, scatter, heat map) as an SVG file of its own.
+
+    Raises:
+        ComponentError: the block is no chart.
+    """
+    from tenfold.report import html
+
+    return html.render_svg(block)
 
 
 def render_csv(title: str, blocks: Iterable[Block]) -> str:

@@ -158,6 +158,35 @@ class Scatter:
 
 
 @dataclass(frozen=True, slots=True)
+class HeatMap:
+    """A grid of cells shaded by a value: 0 is neutral, the two signs have two colors.
+
+    `values[r][c]` belongs to `rows[r]` and `columns[c]`; None leaves the cell empty. `texts`
+    are written into the cells where they fit, and otherwise stand in the tooltip; without them
+    the values do. `scale` is the absolute value that gets the full color (default: the largest).
+
+    Raises:
+        ComponentError: the grid does not match its labels.
+    """
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+    texts: Sequence[Sequence[str]] | None = None
+    row_label: str = ""
+    column_label: str = ""
+    caption: str = ""
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        grids = [self.values] if self.texts is None else [self.values, self.texts]
+        for grid in grids:
+            _same_length("HeatMap", rows=len(self.rows), lines=len(grid))
+            for number, line in enumerate(grid):
+                _same_length(f"HeatMap (row {number})", columns=len(self.columns), cells=len(line))
+
+
+@dataclass(frozen=True, slots=True)
 class Columns:
     """Lists of blocks side by side (one below the other on a narrow screen)."""
 
@@ -190,6 +219,7 @@ Block = (
     | Histogram
     | Lines
     | Scatter
+    | HeatMap
     | Columns
     | Details
     | Badges

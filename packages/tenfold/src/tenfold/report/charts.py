@@ -1,4 +1,4 @@
-"""The report's charts as inline SVG: bars, histogram, lines, scatter."""
+"""The report's charts as inline SVG: bars, histogram, lines, scatter, heat map."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TypeVar
 from markupsafe import Markup
 
 from tenfold.report import text
-from tenfold.report.blocks import Bars, Histogram, Interval, Lines, Scatter
-from tenfold.report.scales import Axis, fit_axis, tick_label
+from tenfold.report.blocks import Bars, HeatMap, Histogram, Interval, Lines, Scatter
+from tenfold.report.scales import Axis, finite, fit_axis, heat_level, heat_scale, tick_label
 from tenfold.report.svg import CHARACTER_WIDTH, Canvas
 
 MAX_BARS = 200
@@ -21,6 +21,8 @@ MAX_SERIES = 16
 MAX_LINE_POINTS = 1_000
 MAX_ERROR_BARS = 60
 MAX_SCATTER_POINTS = 4_000
+MAX_HEAT_ROWS = 100
+MAX_HEAT_COLUMNS = 120
 _ROW = 24
 _COLORS = 8
 
@@ -170,6 +172,44 @@ def scatter(block: Scatter, width: float) -> tuple[Markup, int]:
         tip = f"{name}({text.number(point[0])}, {text.number(point[1])})"
         canvas.circle(frame.x(point[0]), frame.y(point[1]), 3.2, "point s0", tip)
     return canvas.markup(), len(block.points) - len(kept)
+
+
+def heat_map(block: HeatMap, width: float) -> tuple[Markup, int]:
+    """A grid of shaded cells; and how many cells were left out."""
+    rows = [text.label(name, 60) for name in block.rows[:MAX_HEAT_ROWS]]
+    columns = [text.label(name, 40) for name in block.columns[:MAX_HEAT_COLUMNS]]
+    left = min(max(map(len, rows), default=0), 24) * CHARACTER_WIDTH + 16
+    left += 18 if block.row_label else 0
+    size = min((width - left - 8) / max(len(columns), 1), 84)
+    head = 24 + (18 if block.column_label else 0)
+    canvas = Canvas(width, head + len(rows) * _ROW + 8, block.caption or "heat map")
+    scale = heat_scale(finite(v for line in block.values for v in line), block.scale)
+    middle = left + size * len(columns) / 2
+    if block.column_label:
+        canvas.label(middle, 14, text.label(block.column_label), "middle name")
+    if block.row_label:
+        label = text.label(block.row_label)
+        canvas.vertical_label(14, head + len(rows) * _ROW / 2, label, "middle name")
+    longest = max(map(len, columns), default=1)
+    every = max(1, math.ceil((longest * CHARACTER_WIDTH + 6) / max(size, 1)))
+    for index in range(0, len(columns), every):
+        canvas.label(left + size * (index + 0.5), head - 8, columns[index], "middle tick")
+    for row, name in enumerate(rows):
+        y = head + row * _ROW
+        canvas.label(left - 8, y + 16, text.label(name, 24), "end tick", tip=name)
+        for column, where in enumerate(columns):
+            value = block.values[row][column]
+            shown = text.number(value, 3) if block.texts is None else block.texts[row][column]
+            shown = text.label(shown, 60)
+            level = heat_level(value, scale)
+            shade = f"p{level}" if level > 0 else f"n{-level}" if level < 0 else "zero"
+            css = "cell empty" if value is None else f"cell {shade}"
+            tip = f"{name}, {where}: {shown}"
+            canvas.rect(left + size * column + 1, y + 1, size - 2, _ROW - 2, css, tip)
+            if len(shown) * CHARACTER_WIDTH <= size:
+                canvas.label(left + size * (column + 0.5), y + 16, shown, "middle value")
+    cells = len(block.rows) * len(block.columns)
+    return canvas.markup(), cells - len(rows) * len(columns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,14 +87,33 @@ def render_html(title: str, blocks: Iterable[b.Block], facts: Mapping[str, Any])
     )
 
 
+def render_svg(block: b.Block, width: float = _CONTENT_WIDTH) -> str:
+    """One chart as an SVG file of its own, with the page's colors.
+
+    Raises:
+        ComponentError: the block is no chart.
+    """
+    draw = _DRAWERS.get(type(block))
+    if draw is None:
+        known = ", ".join(kind.__name__ for kind in _DRAWERS)
+        raise ComponentError(f"a {type(block).__name__} cannot be drawn as SVG (charts: {known})")
+    svg, left_out = draw(block, width)
+    note = f"<!-- {left_out:,} more not drawn -->" if left_out else ""
+    style = f"<style>{_asset('page.css')}{heat_css()}</style>"
+    head, end, rest = str(svg).partition(">")
+    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return f"{head}{end}{style}{note}{rest}\n"
+
+
 def heat_css() -> str:
     """CSS classes of the diverging scale: `p1..` (positive, orange), `n1..` (negative, blue).
 
     The two hues stay apart for all common kinds of color blindness; opacity grows linearly, so
     the same classes serve a light and a dark page.
     """
+    shade = "background:rgb(var(--{0}) / {1:.3f});fill:rgb(var(--{0}) / {1:.3f})"
     rules = [
-        f".{sign}{level}{{background:rgb(var(--{name}) / {0.8 * level / LEVELS:.3f})}}"
+        f".{sign}{level}{{{shade.format(name, 0.8 * level / LEVELS)}}}"
         for sign, name in (("p", "positive"), ("n", "negative"))
         for level in range(1, LEVELS + 1)
     ]
@@ -264,6 +283,14 @@ def _caption(caption: str) -> str:
     return text.clean(caption, text.MAX_CELL)
 
 
+_DRAWERS: dict[type, Callable[[Any, float], tuple[Markup, int]]] = {
+    b.Bars: charts.bars,
+    b.Histogram: charts.histogram,
+    b.Lines: charts.lines,
+    b.Scatter: charts.scatter,
+    b.HeatMap: charts.heat_map,
+}
+
 _RENDERERS: dict[type, Callable[[Any, _Place], Markup]] = {
     b.Heading: _heading,
     b.Paragraph: _paragraph,
@@ -274,6 +301,7 @@ _RENDERERS: dict[type, Callable[[Any, _Place], Markup]] = {
     b.Histogram: _chart(charts.histogram, "bins"),
     b.Lines: _chart(charts.lines, "series"),
     b.Scatter: _chart(charts.scatter, "points"),
+    b.HeatMap: _chart(charts.heat_map, "cells"),
     b.Columns: _columns,
     b.Details: _details,
     b.Badges: _badges,

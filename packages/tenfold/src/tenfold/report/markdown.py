@@ -158,6 +158,17 @@ def _scatter(block: b.Scatter) -> str:
     return _with_caption(block.caption, _grid(columns, rows, len(block.points) - len(rows)))
 
 
+def _heat_map(block: b.HeatMap) -> str:
+    grid = block.texts or [[text.number(v) for v in line] for line in block.values]
+    corner = " / ".join(filter(None, (block.row_label, block.column_label)))
+    rows = [
+        [text.label(name), *(text.label(cell) for cell in line)]
+        for name, line in list(zip(block.rows, grid, strict=True))[:MAX_ROWS]
+    ]
+    columns = [text.label(corner), *(text.label(name) for name in block.columns)]
+    return _with_caption(block.caption, _grid(columns, rows, len(block.rows) - len(rows)))
+
+
 def _spread(points: list[Any]) -> list[Any]:
     """At most `MAX_POINTS`, evenly spread, first and last kept."""
     if len(points) <= MAX_POINTS:
@@ -193,6 +204,7 @@ _RENDERERS: dict[type, Callable[[Any], str]] = {
     b.Histogram: _histogram,
     b.Lines: _lines,
     b.Scatter: _scatter,
+    b.HeatMap: _heat_map,
     b.Columns: _columns,
     b.Details: _details,
     b.Badges: _badges,

@@ -98,5 +98,8 @@ def _rows(block: Any) -> Iterator[_Row]:
                 row = point[2] if len(point) > 2 else str(index)
                 yield row, "x", point[0]
                 yield row, "y", point[1]
+        case b.HeatMap(rows=names, columns=columns, values=values):
+            for name, line in zip(names, values, strict=True):
+                yield from ((name, where, v) for where, v in zip(columns, line, strict=True))
         case b.Badges(values=values):
             yield from (("", name, value) for name, value in values.items())
