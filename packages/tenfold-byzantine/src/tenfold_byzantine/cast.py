@@ -33,12 +33,15 @@ class Cast:
             threat model forbids, or the rules are outside of its bounds.
     """
 
-    def __init__(self, config: GameConfig, policies: Mapping[Role, Players]) -> None:
+    def __init__(
+        self, config: GameConfig, policies: Mapping[Role, Players] | Mapping[str, Players]
+    ) -> None:
         self.config = config
         self.rules = config.rules
+        sides: dict[str, Players] = dict(policies.items())
         self.seats: dict[Role, list[Policy]] = {
-            "honest": _seats("honest", policies.get("honest"), config.n_honest),
-            "byzantine": _seats("byzantine", policies.get("byzantine"), config.n_byzantine),
+            "honest": _seats("honest", sides.get("honest"), config.n_honest),
+            "byzantine": _seats("byzantine", sides.get("byzantine"), config.n_byzantine),
         }
         self._check()
         self.network: Neighbours | None = None

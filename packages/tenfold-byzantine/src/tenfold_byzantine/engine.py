@@ -84,7 +84,7 @@ class Game:
     def __init__(
         self,
         config: GameConfig,
-        policies: Mapping[Role, Players] | Cast,
+        policies: Mapping[Role, Players] | Mapping[str, Players] | Cast,
         seed: int | None = None,
         *,
         log: EventSink | None = None,
