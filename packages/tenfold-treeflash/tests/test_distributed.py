@@ -17,7 +17,7 @@ SCRIPT = SUPPORT / "train_drafter.py"
 sys.path.insert(0, str(SUPPORT))
 from train_drafter import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def record(folder, phase=""):

@@ -25,6 +25,8 @@ from tenfold_treeflash.simulation import simulate, whole_blocks
 from tenfold_treeflash.target import Target
 from tenfold_treeflash.tree import chain
 
+pytestmark = pytest.mark.timeout(900)
+
 ENTROPY = -sum(p * math.log(p) for p in (0.4, 0.3, 0.2, 0.1))
 
 
