@@ -133,6 +133,17 @@ def test_a_resumed_game_asks_only_for_what_was_not_answered(tmp_path):
     assert asked == 2 * 5 * (game.result().rounds - 1)
 
 
+def test_flushing_a_finished_game_again_changes_nothing(tmp_path):
+    config = CONFIGS[0]
+    log = EventLog(tmp_path, "again")
+    game = Game(config, players(config), log=log)
+    finish(game)
+    before = log.path.read_bytes()
+    log.flush()
+    assert log.path.read_bytes() == before
+    assert not log.part.exists()
+
+
 def test_resuming_into_another_games_file_is_refused(tmp_path):
     game, path = record(CONFIGS[0], tmp_path)
     path.rename(path.with_name(path.name + ".part"))

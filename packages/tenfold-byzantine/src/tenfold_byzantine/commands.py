@@ -71,7 +71,7 @@ def run(
             print(_opening(game))
         shown = None if as_json else _show_round
         result = next(play_many([game], on_round=shown))
-        if log is not None and log.lines:
+        if log is not None:
             log.flush()
     if as_json:
         print_json(

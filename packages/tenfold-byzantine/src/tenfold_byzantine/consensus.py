@@ -121,7 +121,7 @@ class Consensus:
         try:
             for result in play_many(games(), width=self.width):
                 log = logs.pop(result.game_id, None)
-                if log is not None and log.lines:
+                if log is not None:
                     log.flush()
                 item = waiting[result.game_id].pop(0)
                 ctx.log("game", item=item.id, game=result.game_id, seconds=dict(result.timing))

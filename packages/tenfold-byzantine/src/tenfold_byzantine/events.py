@@ -256,6 +256,7 @@ class EventLog(EventWriter):
         self.part = part_of(self.path)
         self._file: TextIO | None = None
         self._ended = False
+        self._named = False
         self._held = False
 
     def end(self, game: Game, result: GameResult) -> None:
@@ -265,7 +266,7 @@ class EventLog(EventWriter):
 
     def flush(self) -> None:
         """Writes what came since the last time; a finished game's file gets its name."""
-        if self._held:
+        if self._held or self._named:
             return
         with disk_full_is_an_error(self.path):
             if self._file is None:
@@ -275,6 +276,7 @@ class EventLog(EventWriter):
             if self._ended:
                 self.close()
                 self.part.replace(self.path)
+                self._named = True
 
     def hold(self, held: bool) -> None:
         """While held, nothing is written; the end of it writes all that waited."""

@@ -207,7 +207,7 @@ class Sweep:
         try:
             for result in play_many(games(), width=width):
                 log = logs.pop(result.game_id, None)
-                if log is not None and log.lines:
+                if log is not None:
                     log.flush()
                 yield *places[result.game_id].pop(0), result
         finally:
