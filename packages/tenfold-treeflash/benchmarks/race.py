@@ -48,6 +48,9 @@ SIZES = (8, 16, 64)
 NEW_TOKENS, LONGEST_PROMPT = 64, 112
 BASELINE, AUTO = "HF", "TreeFlash, auto"
 LOOKUP_TOKENS = 10
+SHARPNESS = {0.0: 0.3, 1.0: 1.0}
+"""The drafter's temperature by the model's. Corrections learn the model's distributions, which
+greedy decoding follows the peaks of: at 1, trees would grow broad where they should grow deep."""
 
 Generate = Callable[..., Any]
 """`(ids [1, T], **settings of generate) -> ids`."""
@@ -98,13 +101,18 @@ class Scores:
 
 
 def contenders(
-    model: Any, drafter: TreeFlashDraftModel, assistant: Any, planners: Planners
+    model: Any,
+    drafter: TreeFlashDraftModel,
+    assistant: Any,
+    planners: Planners,
+    temperature: float,
 ) -> dict[str, Generate]:
     """Who races."""
 
     def ours(**settings: Any) -> Generate:
         own = planners if settings.pop("auto", False) else None
-        loop = tree_decoding(model, drafter, DraftSettings(**settings), checked=True, planners=own)
+        draft = DraftSettings(**settings, temperature=SHARPNESS[temperature])
+        loop = tree_decoding(model, drafter, draft, checked=True, planners=own)
         return lambda ids, **kw: model.generate(ids, custom_generate=loop, **kw)
 
     def theirs(**settings: Any) -> Generate:
@@ -264,7 +272,8 @@ def efficiency(
     found: dict[str, list[float]] = {}
 
     def measure(name: str, **draft: Any) -> None:
-        loop = tree_decoding(model.module(), drafter, DraftSettings(**draft), checked=True)
+        settled = DraftSettings(**draft, temperature=SHARPNESS[temperature])
+        loop = tree_decoding(model.module(), drafter, settled, checked=True)
 
         def generate(ids: Any, **kw: Any) -> Any:
             return model.module().generate(ids, custom_generate=loop, **kw)
@@ -392,7 +401,6 @@ def page(options: argparse.Namespace) -> list[str]:
     module = model.module()
     costs = calibrate(Target(module), drafter, repeats=9, choices=True, context=128)
     planners = Planners(costs)
-    who = contenders(module, drafter, assistant, planners)
     count, repeats = (2, 2) if options.quick else (options.prompts, options.repeats)
     sets = prompts(model, max(count, 4 if options.quick else options.tau_prompts))
     weights = [sum(p.numel() for p in m.parameters()) for m in (module, drafter, assistant)]
@@ -416,6 +424,7 @@ def page(options: argparse.Namespace) -> list[str]:
         f"{transformers.__version__}. Written by `race.py`.",
     ]
     for temperature in (0.0, 1.0):
+        who = contenders(module, drafter, assistant, planners, temperature)
         for name, texts in sets.items():
             scores = race(model, who, texts[:count], temperature, repeats)
             lines += ["", f"## Temperature {temperature:g}: {name}", ""]
