@@ -133,6 +133,17 @@ def test_a_resumed_game_asks_only_for_what_was_not_answered(tmp_path):
     assert asked == 2 * 5 * (game.result().rounds - 1)
 
 
+def test_a_finished_game_is_taken_from_its_record(tmp_path):
+    config = CONFIGS[0]
+    game, path = record(config, tmp_path)
+    before, policies = path.read_bytes(), players(config)
+    again = Game(config, policies, log=EventLog(tmp_path, game.game_id))
+    assert resume(again, path) == 2 * game.result().rounds
+    assert again.finished
+    assert sum(policies["honest"].calls) == 0
+    assert path.read_bytes() == before
+
+
 def test_flushing_a_finished_game_again_changes_nothing(tmp_path):
     config = CONFIGS[0]
     log = EventLog(tmp_path, "again")

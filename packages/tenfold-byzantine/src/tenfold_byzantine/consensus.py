@@ -21,6 +21,7 @@ from tenfold_byzantine.events import EventLog
 from tenfold_byzantine.grid import KEEP_PROMPTS
 from tenfold_byzantine.play import play_many
 from tenfold_byzantine.presets import PRESETS
+from tenfold_byzantine.replay import resume
 from tenfold_byzantine.result import GROUPINGS
 from tenfold_byzantine.roster import NoModelError, Roster, by_role
 from tenfold_byzantine.rows import game_row
@@ -110,6 +111,8 @@ class Consensus:
                     # Two items can be the same game; it has one log.
                     log = None if name in logs else self._log(ctx, name)
                     game = Game(config, cast, log=log)
+                    if log is not None:
+                        resume(game, log.path)
                 except ConfigError as error:
                     refused.append(ItemResult(item.id, error=str(error)))
                     continue

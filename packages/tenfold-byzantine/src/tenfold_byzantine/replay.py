@@ -246,8 +246,9 @@ def resume(game: Game, path: Path) -> int:
 
     Args:
         game: the game at its beginning.
-        path: its event file; what counts is the `.part` file of a game that was killed, or the
-            file itself where the game died of an error. Without either nothing happens.
+        path: its event file; what counts is the `.part` file of a game that was killed, and
+            otherwise the file itself, of a game that died of an error or is over. Without either
+            nothing happens.
 
     Returns:
         How many phases were taken from the record.
@@ -258,7 +259,7 @@ def resume(game: Game, path: Path) -> int:
     part = part_of(path)
     if part.exists() and b"\n" in part.read_bytes():
         record = Record(part)
-    elif path.exists() and (record := Record(path)).end is not None and record.end["error"]:
+    elif path.exists() and (record := Record(path)).end is not None:
         part = path
     else:
         return 0

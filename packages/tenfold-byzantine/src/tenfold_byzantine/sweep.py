@@ -35,6 +35,7 @@ from tenfold_byzantine.engine import Game
 from tenfold_byzantine.events import EventLog
 from tenfold_byzantine.grid import CellPlan, SweepPlan, differences
 from tenfold_byzantine.play import play_many
+from tenfold_byzantine.replay import resume as resume_game
 from tenfold_byzantine.result import GameResult
 from tenfold_byzantine.roster import Roster
 from tenfold_byzantine.rows import Row, game_row, table_text, top
@@ -202,7 +203,10 @@ class Sweep:
                 if events is not None and name not in logs:
                     log = logs[name] = EventLog(events, name, self.plan.keep_prompts)  # ty: ignore[invalid-argument-type]
                 places.setdefault(name, []).append((cell, replicate))
-                yield Game(cell.config, cast, seed, log=log)
+                game = Game(cell.config, cast, seed, log=log)
+                if log is not None:
+                    resume_game(game, log.path)
+                yield game
 
         try:
             for result in play_many(games(), width=width):
