@@ -48,9 +48,6 @@ SIZES = (8, 16, 64)
 NEW_TOKENS, LONGEST_PROMPT = 64, 112
 BASELINE, AUTO = "HF", "TreeFlash, auto"
 LOOKUP_TOKENS = 10
-SHARPNESS = {0.0: 0.3, 1.0: 1.0}
-"""The drafter's temperature by the model's. Corrections learn the model's distributions, which
-greedy decoding follows the peaks of: at 1, trees would grow broad where they should grow deep."""
 
 Generate = Callable[..., Any]
 """`(ids [1, T], **settings of generate) -> ids`."""
@@ -105,13 +102,12 @@ def contenders(
     drafter: TreeFlashDraftModel,
     assistant: Any,
     planners: Planners,
-    temperature: float,
 ) -> dict[str, Generate]:
     """Who races."""
 
     def ours(**settings: Any) -> Generate:
         own = planners if settings.pop("auto", False) else None
-        draft = DraftSettings(**settings, temperature=SHARPNESS[temperature])
+        draft = DraftSettings(**settings)
         loop = tree_decoding(model, drafter, draft, checked=True, planners=own)
         return lambda ids, **kw: model.generate(ids, custom_generate=loop, **kw)
 
@@ -272,8 +268,7 @@ def efficiency(
     found: dict[str, list[float]] = {}
 
     def measure(name: str, **draft: Any) -> None:
-        settled = DraftSettings(**draft, temperature=SHARPNESS[temperature])
-        loop = tree_decoding(model.module(), drafter, settled, checked=True)
+        loop = tree_decoding(model.module(), drafter, DraftSettings(**draft), checked=True)
 
         def generate(ids: Any, **kw: Any) -> Any:
             return model.module().generate(ids, custom_generate=loop, **kw)
@@ -423,8 +418,8 @@ def page(options: argparse.Namespace) -> list[str]:
         f"{platform.python_version()}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}. Written by `race.py`.",
     ]
+    who = contenders(module, drafter, assistant, planners)
     for temperature in (0.0, 1.0):
-        who = contenders(module, drafter, assistant, planners, temperature)
         for name, texts in sets.items():
             scores = race(model, who, texts[:count], temperature, repeats)
             lines += ["", f"## Temperature {temperature:g}: {name}", ""]

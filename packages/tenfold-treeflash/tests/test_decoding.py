@@ -10,7 +10,9 @@ import random
 import pytest
 import torch
 from tenfold.errors import ConfigError
+from tenfold_treeflash import decoding
 from tenfold_treeflash.decoding import (
+    GREEDY_TEMPERATURE,
     METHODS,
     DecodingStats,
     DraftSettings,
@@ -85,7 +87,7 @@ def test_trees_really_accept_drafted_tokens(target, drafter):
         target,
         prompt(),
         drafter,
-        draft={"tree_size": 300, "top_m": 23, "top_k": 23},
+        draft={"tree_size": 300, "top_m": 23, "top_k": 23, "temperature": 1.0},
         max_new_tokens=60,
         return_dict_in_generate=True,
     )
@@ -311,9 +313,8 @@ def test_mean_acceptance_is_one_plus_the_sum_of_path_probabilities():
 
 def test_acceptance_by_depth_is_that_of_the_rounds(target, drafter):
     rounds = []
-    decoder = SpeculativeDecoder(
-        Target(target), drafter, DraftSettings(tree_size=200, top_m=23, top_k=23), rounds.append
-    )
+    settings = DraftSettings(tree_size=200, top_m=23, top_k=23, temperature=1.0)
+    decoder = SpeculativeDecoder(Target(target), drafter, settings, rounds.append)
     _, stats = decoder.decode(prompt()[0].tolist(), Rule(True, 80))
     shares = stats.acceptance_by_depth()
     drafted_tokens = [len(round_.path) - 1 for round_ in rounds]
@@ -458,3 +459,27 @@ def test_a_method_without_its_drafter_is_named(target, drafter):
     decoder = SpeculativeDecoder(Target(target), drafter)
     with pytest.raises(ConfigError, match="the prompt is empty"):
         decoder.decode([], Rule(True, 5))
+
+
+def test_greedy_texts_are_drafted_from_sharper_corrections():
+    assert DraftSettings().drafting_temperature(greedy=False) == 1.0
+    assert DraftSettings().drafting_temperature(greedy=True) == GREEDY_TEMPERATURE < 1
+    assert DraftSettings("marginal").drafting_temperature(greedy=True) == 1.0
+    assert DraftSettings(temperature=0.7).drafting_temperature(greedy=True) == 0.7
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_temperature_left_out_is_what_the_texts_call_for(target, drafter, sampled, monkeypatch):
+    """Seen where tables are made, alone and in a batch."""
+    used = []
+    made = decoding.batch_tables
+
+    def watched(*args, temperature, **settings):
+        used.append(temperature)
+        return made(*args, temperature=temperature, **settings)
+
+    monkeypatch.setattr(decoding, "batch_tables", watched)
+    for rows in (1, 2):
+        ids = prompt(5, seed=rows, rows=rows)
+        generate(target, ids, drafter=drafter, max_new_tokens=8, do_sample=sampled)
+    assert set(used) == {1.0 if sampled else GREEDY_TEMPERATURE}

@@ -51,7 +51,7 @@ def test_a_simulated_tree_is_the_one_that_decoding_drafts(pair, method):
 def test_simulated_walks_are_those_of_the_text_that_was_decoded(pair):
     """Where decoding began a round, the simulation accepts what it accepted."""
     target, drafter = pair
-    settings = {"tree_size": 12}
+    settings = {"tree_size": 12, "temperature": 1.0}
     written = drafted(
         target.model, prompt(9), drafter, draft=settings, max_new_tokens=40,
         return_dict_in_generate=True,

@@ -44,6 +44,10 @@ METHODS = ("tree", "marginal", "chain", "none")
 
 VERIFICATIONS = ("match", "rejection")
 
+GREEDY_TEMPERATURE = 0.3
+"""Of corrected distributions for greedy texts. Corrections learn the model's distributions, and
+greedy decoding follows their peaks: at 1 a tree grows broad where it should grow deep."""
+
 
 @dataclass(frozen=True, slots=True)
 class DraftSettings:
@@ -54,7 +58,8 @@ class DraftSettings:
         tree_size: nodes that the target sees per round, the newest token included.
         top_m: candidates per depth whose followers are computed.
         top_k: followers considered per candidate.
-        temperature: of the drafter's distributions.
+        temperature: of the drafter's distributions. None is the published 1, and
+            `GREEDY_TEMPERATURE` where corrected distributions draft greedy texts.
         shortlist: rank followers among so many tokens per depth; None ranks all.
         block_size: slots used, at most the drafter's own; None uses all.
         verification: `match` draws the target's token and looks for it in a tree of the best
@@ -66,7 +71,7 @@ class DraftSettings:
     tree_size: int = 16
     top_m: int = 16
     top_k: int = 16
-    temperature: float = 1.0
+    temperature: float | None = None
     shortlist: int | None = None
     block_size: int | None = None
     verification: str = "match"
@@ -89,8 +94,14 @@ class DraftSettings:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.block_size is not None and self.block_size < 2:
             raise ConfigError(f"block_size is {self.block_size}; it must be at least 2")
-        if not self.temperature >= 0:
+        if self.temperature is not None and not self.temperature >= 0:
             raise ConfigError(f"temperature is {self.temperature}; it must be 0 or more")
+
+    def drafting_temperature(self, greedy: bool) -> float:
+        """The drafter's temperature for greedy texts, or for others."""
+        if self.temperature is not None:
+            return self.temperature
+        return GREEDY_TEMPERATURE if greedy and self.method in ("tree", "chain") else 1.0
 
 
 class Chooser(Protocol):
@@ -284,7 +295,7 @@ class SpeculativeDecoder:
         embedding = self.target.embedding
         hidden = self.drafter.draft(cache, anchor, embedding, self._block)
         clock.lap("draft")
-        tables = self._tables(hidden[None], [anchor], planner)[0]
+        tables = self._tables(hidden[None], [anchor], [chooser], planner)[0]
         clock.lap("tables")
         tree = self._grow(tables, anchor, cache.length, chooser, rates, planner)
         clock.lap("tree")
@@ -307,7 +318,7 @@ class SpeculativeDecoder:
         embedding = self.target.embedding
         hidden = self.drafter.draft_rows(cache, anchors, embedding, self._block, lengths)
         clock.lap("draft")
-        tables = self._tables(hidden, anchors, planner)
+        tables = self._tables(hidden, anchors, choosers, planner)
         clock.lap("tables")
         trees = [
             self._grow(*row, planner)
@@ -317,17 +328,22 @@ class SpeculativeDecoder:
         return trees
 
     def _tables(
-        self, hidden: Tensor, anchors: Sequence[int], planner: Planner | None
+        self,
+        hidden: Tensor,
+        anchors: Sequence[int],
+        choosers: Sequence[Chooser],
+        planner: Planner | None,
     ) -> list[TransitionTables]:
         settings = self.settings
+        greedy = all(chooser.greedy for chooser in choosers)
         assert self.drafter is not None
         size = TableSize(settings.top_m, settings.top_k, settings.shortlist)
         if planner is not None:
             size = planner.table_size or size
         return batch_tables(
             self.drafter, hidden, anchors, self.target.embedding, self.target.head,
-            temperature=settings.temperature, marginal=settings.method == "marginal",
-            **size._asdict(),
+            temperature=settings.drafting_temperature(greedy),
+            marginal=settings.method == "marginal", **size._asdict(),
         )  # fmt: skip
 
     def _grow(

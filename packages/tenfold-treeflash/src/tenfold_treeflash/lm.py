@@ -81,7 +81,7 @@ class TreeDecoder(Delegate, GenerateMixin):
         tree_size: int | str | None = None,
         top_m: int = 16,
         top_k: int = 16,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         shortlist: int | None = None,
         block_size: int | None = None,
     ) -> None:

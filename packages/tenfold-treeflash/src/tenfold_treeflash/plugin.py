@@ -14,8 +14,8 @@ _SEARCH = (
     Param("top_m", "int", 16, "candidates per depth whose followers are computed", minimum=1,
           identity=False),
     Param("top_k", "int", 16, "followers considered per candidate", minimum=1, identity=False),
-    Param("temperature", "float", 1.0, "of the drafter's distributions", minimum=0.0,
-          identity=False),
+    Param("temperature", "float", None, "of the drafter's distributions; left out: the published "
+          "1, and 0.3 where corrected ones draft greedy texts", minimum=0.0, identity=False),
     Param("shortlist", "int", None, "rank followers among so many tokens per depth only", minimum=1,
           identity=False),
     Param("block_size", "int", None, "slots used, at most the drafter's own", minimum=2,

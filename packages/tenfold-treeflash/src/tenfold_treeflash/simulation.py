@@ -90,7 +90,8 @@ def simulate(
     places: Sequence[int],
     settings: DraftSettings,
 ) -> list[SimulatedRound]:
-    """A round at each of these places of a text, each as `SpeculativeDecoder` would draft it.
+    """A round at each of these places of a text, each as `SpeculativeDecoder` would draft it, with
+    the temperature of sampled texts where the settings leave it out.
 
     Raises:
         ConfigError: a place without a token before it, or whose block does not fit.
@@ -110,8 +111,9 @@ def simulate(
     anchors = blocks.tokens[0, :, 0].tolist()
     tables = batch_tables(
         drafter, hidden, anchors, target.embedding, target.head,
-        top_m=settings.top_m, top_k=settings.top_k, temperature=settings.temperature,
-        shortlist=settings.shortlist, marginal=settings.method == "marginal",
+        top_m=settings.top_m, top_k=settings.top_k, shortlist=settings.shortlist,
+        temperature=settings.drafting_temperature(greedy=False),
+        marginal=settings.method == "marginal",
     )  # fmt: skip
     grow = chain if settings.method == "chain" else build_tree
     return [
