@@ -82,7 +82,8 @@ def generate(
         seeds: of every row's generator; None draws them from torch's own where there are several
             rows, and one row uses torch's own generator.
         checked: the target's attention is known to run trees; it is tried once per model else.
-        budget, planners: see `SpeculativeDecoder`.
+        budget: see `SpeculativeDecoder`.
+        planners: see `SpeculativeDecoder`.
 
     Returns:
         Ids `[B, T]`, or with `return_dict_in_generate` a `TreeGenerateOutput`.
