@@ -45,17 +45,15 @@ def unsafe_param() -> Any:
 
 
 @dataclass(frozen=True)
-class Scripted(ABC):
-    """A policy without a language model.
+class Named:
+    """What a game file names with parameters, which are the fields.
 
     Raises:
         ConfigError: a parameter outside of its range.
     """
 
     name: ClassVar[str] = ""
-    role: ClassVar[Role] = "honest"
     summary: ClassVar[str] = ""
-    guarantee: ClassVar[str] = ""
     bound: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
@@ -71,6 +69,14 @@ class Scripted(ABC):
             if getattr(self, f.name) != f.default
         ]
         return f"{self.name}:{','.join(parts)}" if parts else self.name
+
+
+@dataclass(frozen=True)
+class Scripted(Named, ABC):
+    """A policy without a language model."""
+
+    role: ClassVar[Role] = "honest"
+    guarantee: ClassVar[str] = ""
 
     @property
     def powers(self) -> frozenset[str]:

@@ -35,7 +35,7 @@ from tenfold_byzantine.policies.base import (
     unsafe_param,
 )
 from tenfold_byzantine.policies.one_round import CommonRule, LowMedian
-from tenfold_byzantine.policies.phase_king import in_range, require_rounds
+from tenfold_byzantine.policies.phase_king import in_range, majority, require_rounds
 
 NODE_LIMIT = 10**6
 """Leaves above which a tree is refused: n (n-1) ... (n-f)."""
@@ -112,16 +112,8 @@ def resolve(last: Sequence[int], n: int, length: int, default: int) -> list[int]
         children: list[list[int]] = [[] for _ in where]
         for path, value in zip(paths(n, depth + 1), level, strict=True):
             children[where[path[:-1]]].append(value)
-        level = [strict_majority(c, default) for c in children]
+        level = [majority(c, len(c), default)[0] for c in children]
     return level
-
-
-def strict_majority(values: Sequence[int], default: int) -> int:
-    """The value that more than half have, else the default."""
-    counts: dict[int, int] = {}
-    for v in values:
-        counts[v] = counts.get(v, 0) + 1
-    return next((v for v, c in counts.items() if 2 * c > len(values)), default)
 
 
 @dataclass(frozen=True)

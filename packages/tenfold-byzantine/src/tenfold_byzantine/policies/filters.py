@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from tenfold_byzantine.contracts import Ballot, Message, Policy, Proposal, RoundLine, Rules, View
 from tenfold_byzantine.policies.base import (
-    as_text,
-    check_range,
+    Named,
     current,
     faults,
     faults_param,
@@ -29,29 +28,11 @@ SIDES = ("view", "proposal")
 
 
 @dataclass(frozen=True)
-class Filter:
+class Filter(Named):
     """Which messages of others an agent may trust."""
-
-    name: ClassVar[str] = ""
-    summary: ClassVar[str] = ""
-    bound: ClassVar[str] = ""
 
     on: str = param("view", "what is filtered: what the agent sees, or says", choices=SIDES)
     unsafe: bool = unsafe_param()
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            check_range(self.name, f.name, getattr(self, f.name), dict(f.metadata))
-
-    @property
-    def label(self) -> str:
-        """The name with the parameters that differ from their defaults."""
-        parts = [
-            f"{f.name}={as_text(getattr(self, f.name))}"
-            for f in fields(self)
-            if getattr(self, f.name) != f.default
-        ]
-        return f"{self.name}:{','.join(parts)}" if parts else self.name
 
     @abstractmethod
     def check(self, rules: Rules) -> None:
