@@ -37,7 +37,7 @@ from tenfold.stats import bootstrap, wilson
 from torch import Tensor
 
 from tenfold_treeflash.anchors import make_blocks
-from tenfold_treeflash.lm import TreeDecoder
+from tenfold_treeflash.lm import TreeDecoder, with_drafter
 from tenfold_treeflash.objective import DraftObjective, ObjectiveSettings
 from tenfold_treeflash.simulation import ENDINGS, SimulatedRound, simulate, whole_blocks
 
@@ -90,12 +90,7 @@ class Diagnostics:
         Raises:
             ConfigError: the model has no drafter.
         """
-        model = models["model"]
-        if not isinstance(model, TreeDecoder) or model.drafter is None:
-            raise ConfigError(
-                f"treeflash:diagnostics needs a model with a drafter, such as treeflash:tree; "
-                f"this is a {type(model).__name__}"
-            )
+        model = with_drafter(models["model"], "treeflash:diagnostics")
         seed = ctx.seed if self.seed is None else self.seed
         for item in items:
             ids, begin = self._ids(model, item.payload)

@@ -214,3 +214,17 @@ def chain(base: Any, drafter: Drafter, **settings: Any) -> TreeDecoder:
 def marginal(base: Any, drafter: Drafter, **settings: Any) -> TreeDecoder:
     """A decoder that drafts trees of marginals."""
     return TreeDecoder(base, drafter, method="marginal", **settings)
+
+
+def with_drafter(model: Any, who: str) -> TreeDecoder:
+    """The model of an evaluator that measures drafting.
+
+    Raises:
+        ConfigError: it drafts nothing.
+    """
+    if not isinstance(model, TreeDecoder) or model.drafter is None:
+        raise ConfigError(
+            f"{who} needs a model with a drafter, such as treeflash:tree; this is a "
+            f"{type(model).__name__}"
+        )
+    return model

@@ -20,7 +20,7 @@ from tenfold.stats import bootstrap, median
 
 from tenfold_treeflash.decoding import DecodingStats
 from tenfold_treeflash.generation import generate
-from tenfold_treeflash.lm import TreeDecoder
+from tenfold_treeflash.lm import TreeDecoder, with_drafter
 
 if TYPE_CHECKING:
     from tenfold.report import Block
@@ -75,12 +75,7 @@ class TreeSizes:
         Raises:
             ConfigError: the model has no drafter.
         """
-        model = models["model"]
-        if not isinstance(model, TreeDecoder) or model.drafter is None:
-            raise ConfigError(
-                f"treeflash:tree-sizes needs a model with a drafter, such as treeflash:tree; "
-                f"this is a {type(model).__name__}"
-            )
+        model = with_drafter(models["model"], "treeflash:tree-sizes")
         seed = ctx.seed if self.seed is None else self.seed
         for item in items:
             record = item.payload
